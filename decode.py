@@ -1,0 +1,356 @@
+"""
+decode.py: speculative decoding with the model's own MTP heads. The text is exactly the main head's, only faster.
+
+    python decode.py out/tiny/ckpt.pt --prompt "def main(" --tokens 100      continue a prompt
+    python decode.py out/tiny/ckpt.pt --trace                                colour each token by the head that guessed it
+    python decode.py out/tiny/ckpt.pt --check                                compare with plain decoding, token by token
+    python decode.py out/tiny/ckpt.pt out/other/ckpt.pt --bench              speed with 0 .. K heads, checkpoints side by side
+    python decode.py -h                                                      every flag, its default and its meaning
+
+One round, with t_0 .. t_n known and h^0 verified up to position n-1:
+
+    draft    head 1 reads h^0_{n-1} and t_n, and guesses d_1; head 2 reads h^1_{n-1} and d_1, and guesses d_2; .. d_K
+    verify   the trunk runs once over [t_n, d_1 .. d_K]; row i gives p_i, the main head's law after d_1 .. d_i
+    accept   keep d_1 .. d_a while the rule says so, and emit one more token from row a: a+1 tokens for one forward
+    rollback nothing to do: caches are indexed by position, and the next round overwrites what was refused
+
+Row i of head k consumed Emb(t_{i+k}), which for the last k-1 rows was a draft. So head k runs again over the K+k rows
+that may have changed since they were last verified; its guess is the same as without any cache.
+
+Symbols: B batch, K heads used, V vocabulary, p target law (main head), q draft law (MTP head), d draft, y emitted token.
+"""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import Cache
+
+# -----------------------------------------------------------------------------
+# chance: the only two places where a random number is drawn, and the law that logits stand for
+
+
+def coin(prob, generator=None):
+    """True with the given probabilities, elementwise"""
+    return torch.rand(prob.shape, generator=generator, device=prob.device, dtype=prob.dtype) < prob
+
+
+def draw(weights, generator=None):
+    """one index from weights (..., V) >= 0 that need not sum to 1: the first of V exponential clocks to ring (no host
+    sync, unlike torch.multinomial). Weight 0 never rings"""
+    clock = torch.empty_like(weights).exponential_(generator=generator).clamp_min(torch.finfo(weights.dtype).tiny)
+    return (weights / clock).argmax(-1)
+
+
+def probabilities(logits, temperature, top_k=None):
+    """logits (..., V) -> the law tokens are drawn from, for target and draft alike; temperature 0: all on the argmax"""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return (logits / temperature).softmax(-1)
+
+
+# -----------------------------------------------------------------------------
+# three exact accept rules. p (B, K+1, V), q (B, K, V), d (B, K) -> accepted a (B,), emitted token y (B,).
+# Each emits tokens with the law p whatever q is; they differ in how often they accept:
+#   residual sum_v min(p, q), for d drawn from q;  match and point p(d), for any fixed d (here the argmax of q)
+
+
+def leading(ok):
+    """(B, K) -> how many are True before the first False, (B,)"""
+    return ok.int().cumprod(1).sum(1)
+
+
+def pick(x, index):
+    """x (B, R, ...), index (B,) -> row index[b] of each batch row"""
+    return x[torch.arange(len(x), device=x.device), index]
+
+
+def residual(p, q, d, generator=None):
+    """accept d ~ q with min(1, p(d)/q(d)); on the first refusal emit from (p - q)+; all accepted: from p_K.
+    Source: Leviathan et al., arXiv 2211.17192, and Chen et al., arXiv 2302.01318"""
+    pd, qd = (x.gather(-1, d.unsqueeze(-1)).squeeze(-1) for x in (p[:, :-1], q))
+    a = leading(coin(pd / qd, generator))                    # qd > 0, for d was drawn from q
+    rest = (p[:, :-1] - q).clamp_min(0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, :-1])     # p == q: no refusal, and no 0/0 either
+    return a, draw(pick(torch.cat((rest, p[:, -1:]), 1), a), generator)
+
+
+def point(p, q, d, generator=None):
+    """the draft is a fixed token: accept it with p(d); else emit from p without d"""
+    index = d.unsqueeze(-1)
+    a = leading(coin(p[:, :-1].gather(-1, index).squeeze(-1), generator))
+    rest = p[:, :-1].scatter(-1, index, 0)
+    return a, draw(pick(torch.cat((rest, p[:, -1:]), 1), a), generator)
+
+
+def match(p, q, d, generator=None):
+    """draw y ~ p at every row and emit it; go on while y is the draft. Greedy decoding is this rule with one-hot p"""
+    y = draw(p, generator)                                   # (B, K+1)
+    a = leading(y[:, :-1] == d)
+    return a, pick(y, a)
+
+
+RULES = {"residual": residual, "point": point, "match": match}
+
+
+# -----------------------------------------------------------------------------
+# acceptance, defined in this one place (paper section 4)
+
+
+def accepted_lengths(choices):
+    """the argmax tokens of all_logits, entry k (B, T-k) -> how many drafts a round at each position would accept,
+    (B, T-K): head 1's if it is the main head's choice one position on, head 2's if also .. (teacher-forced)"""
+    K, T = len(choices) - 1, choices[0].size(1)
+    ok = torch.ones_like(choices[0][:, : T - K])
+    length = torch.zeros_like(ok)
+    for k in range(1, K + 1):
+        ok = ok * (choices[k][:, : T - K] == choices[0][:, k : T - K + k])
+        length += ok
+    return length
+
+
+def rates(histogram):
+    """how often 0 .. K drafts were accepted -> AR_k (of head k, given that heads 1..k-1 were accepted) and CAR_k (of
+    heads 1..k together), k = 1..K. Tokens per forward = 1 + sum of CAR"""
+    reached = [sum(histogram[k:]) for k in range(len(histogram))]
+    ar = [b / a if a else 0.0 for a, b in zip(reached, reached[1:])]
+    return ar, [b / reached[0] if reached[0] else 0.0 for b in reached[1:]]
+
+
+@torch.no_grad()
+def acceptance(model, tokens):
+    """tokens (B, T) of some text -> (AR, CAR), K numbers each, against the main head's own argmax, teacher-forced"""
+    lengths = accepted_lengths([logits.argmax(-1) for logits in model.all_logits(tokens)])
+    return rates(torch.bincount(lengths.flatten(), minlength=model.config.n_mtp + 1).tolist())
+
+
+@dataclass
+class Stats:
+    """what a call of generate did. A forward is one run of the main model for one sequence, after its prefill; a draft
+    that max_new_tokens or the stop token cut off counts as neither emitted nor accepted"""
+
+    forwards: int = 0
+    accepted: list = field(default_factory=list)             # accepted[a]: forwards that accepted a drafts, a = 0..K
+    tokens: int = 0                                          # emitted, each sequence's first one (of the prefill) included
+    seconds: float = 0.0                                     # without the prefill
+    sequences: int = 1
+
+    @property
+    def tokens_per_forward(self):
+        return (self.tokens - self.sequences) / self.forwards if self.forwards else 0.0
+
+    @property
+    def tokens_per_second(self):
+        return (self.tokens - self.sequences) / self.seconds if self.seconds else 0.0
+
+
+# -----------------------------------------------------------------------------
+# the decoder
+
+
+class Decoder:
+    """
+    the state of B sequences and the functions that advance it, all of fixed shape and without a host sync: the same
+    code runs as it stands on a CPU, and as a replayed CUDA graph on a GPU.
+
+    buffer  (B, slots) tokens: t_0 .. t_n, and the drafts of the round after them
+    n       (B,) position of the last token known;  limit (B,) the last one wanted;  done (B,)
+    """
+
+    def __init__(self, model, batch, length, heads, temperature=0.0, top_k=None, accept="residual", stop_token=None,
+                 generator=None, compile=False):
+        self.model, self.heads, self.generator = model, heads, generator
+        self.temperature, self.top_k, self.stop_token = temperature, top_k, stop_token
+        # greedy, p and q are one-hot and the three rules are one; without heads there is nothing to refuse
+        self.accept = RULES["match" if temperature == 0 or heads == 0 else accept]
+        weight = model.weight
+        slots = length + heads + 1                           # a round may write K tokens past the last one wanted
+        self.cache = Cache(model.config, batch, slots, weight.device, weight.dtype, heads)
+        zeros = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.buffer = torch.zeros(batch, slots, dtype=torch.long, device=weight.device)
+        self.n, self.limit, self.done = zeros + 1, zeros + length - 1, zeros.bool()
+        self.accepted, self.emitted = torch.zeros(heads + 1, dtype=torch.long, device=weight.device), zeros.clone()
+        self.row = torch.arange(batch, device=weight.device)[:, None]
+        self.steps = torch.arange(-2 * heads - 1, heads + 2, device=weight.device)     # offsets, made once
+        self.trunk, self.head, self.logits = model.trunk_step, model.head_step, model.logits
+        if compile:
+            self._compile()
+        self.step = self._capture(self.round) if weight.is_cuda else self.round
+
+    def _compile(self):
+        """fuse the small kernels of a block: most of the time of a GPU at batch 1 goes into launching them"""
+        import torch._inductor.config
+        torch._inductor.config.coordinate_descent_tuning = True             # tunes products of a matrix and a vector
+        self.trunk, self.head, self.logits = (torch.compile(f, dynamic=False) for f in (self.trunk, self.head, self.logits))
+
+    @torch.no_grad()
+    def _capture(self, function):
+        """record the kernels of one call, to be replayed by one launch"""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    @torch.no_grad()
+    def start(self, prompts, max_new_tokens):
+        """prefill: read the prompts (lists of ids, right-padded here), emit each one's first token"""
+        model, device = self.model, self.n.device
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        self.buffer.zero_()
+        for b, p in enumerate(prompts):
+            self.buffer[b, : len(p)] = torch.tensor(p, device=device)
+        T, last = int(lengths.max()), torch.empty(len(prompts), model.config.n_embd, dtype=model.weight.dtype, device=device)
+        for at in range(0, T, 256):                          # in pieces: attention here is (piece x slots)
+            pos = torch.arange(at, min(T, at + 256), device=device).expand(len(prompts), -1)
+            h0 = model.trunk_step(self.buffer[self.row, pos], self.cache, pos)
+            inside = (lengths > at) & (lengths <= at + 256)
+            last = torch.where(inside[:, None], pick(h0, (lengths - 1 - at).clamp(0, pos.size(1) - 1)), last)
+        for k in range(1, self.heads + 1):                   # a row whose token t_{i+k} isn't there yet is rebuilt by draft()
+            for at in range(0, T, 256):
+                pos = torch.arange(at, min(T, at + 256), device=device).expand(len(prompts), -1)
+                model.head_step(k, self.buffer[self.row, (pos + k).clamp(max=self.buffer.size(1) - 1)], self.cache, pos)
+        first = draw(probabilities(model.logits(0, last), self.temperature, self.top_k), self.generator)
+        self.buffer[self.row[:, 0], lengths] = first
+        self.n.copy_(lengths)
+        self.limit.copy_((lengths + max_new_tokens).clamp(max=model.config.block_size) - 1)
+        self.done.copy_((self.n >= self.limit) | (first == (-1 if self.stop_token is None else self.stop_token)))
+        self.accepted.zero_()
+        self.emitted.fill_(1)
+
+    def draft(self):
+        """heads 1 .. K guess d_1 .. d_K into buffer[n+1 ..] -> their laws q, (B, K, V)"""
+        laws = []
+        for k in range(1, self.heads + 1):
+            # rows n-K-k .. n-1. Last round head k had verified its rows up to n'-k (row i needs token i+k), and n has
+            # moved on by at most K+1 since: all later rows are in here. At the start of a text row 0 is done repeatedly
+            last = 2 * self.heads + 1                        # steps[last] is offset 0
+            pos = (self.n[:, None] + self.steps[last - self.heads - k : last]).clamp_min(0)
+            hidden = self.head(k, self.buffer[self.row, pos + k], self.cache, pos)
+            logits = self.logits(k, hidden[:, -1])
+            if self.accept is residual:
+                laws.append(probabilities(logits, self.temperature, self.top_k))
+                d = draw(laws[-1], self.generator)
+            else:                                            # these rules want one fixed token, and no q
+                d = logits.argmax(-1)
+            self.buffer[self.row[:, 0], self.n + k] = d
+        return torch.stack(laws, 1) if laws else None
+
+    def verify(self, q=None):
+        """one forward of the main model over [t_n, d_1 .. d_K]; accept, emit, count"""
+        K = self.heads
+        pos = self.n[:, None] + self.steps[2 * K + 1 : 3 * K + 2]            # n .. n+K
+        logits = self.logits(0, self.trunk(self.buffer[self.row, pos], self.cache, pos))       # (B, K+1, V)
+        d = self.buffer[self.row, pos + 1][:, :K]
+        if self.temperature == 0:
+            y = logits.argmax(-1)                            # `match` with one-hot p
+            a = leading(y[:, :-1] == d)
+            y = pick(y, a)
+        else:
+            a, y = self.accept(probabilities(logits, self.temperature, self.top_k), q, d, self.generator)
+        self.buffer[self.row[:, 0], self.n + a + 1] = y
+
+        # emit a+1 tokens, or fewer: up to the stop token, up to the limit, none once the sequence is done
+        count = torch.minimum(a + 1, self.limit - self.n)
+        if self.stop_token is not None:
+            stop = self.buffer[self.row, pos + 1] == self.stop_token         # (B, K+1)
+            first = torch.where(stop.any(1), stop.int().argmax(1), K + 1) + 1
+            stopped = first <= count
+            count = torch.minimum(count, first)
+        else:
+            stopped = torch.zeros_like(self.done)
+        active = ~self.done
+        self.accepted.scatter_add_(0, torch.minimum(a, count).clamp_min(0), active.long())
+        self.emitted += count * active
+        self.n += count * active
+        self.done |= stopped | (self.n >= self.limit)
+
+    def round(self):
+        self.verify(self.draft())
+
+    def remaining(self):
+        """a number of rounds that the longest sequence needs at least (here the host waits for the device)"""
+        left = int(((self.limit - self.n) * ~self.done).max())
+        return -(-left // (self.heads + 1)) if self.stop_token is None else min(left, 1)
+
+
+def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept):
+    V, K = model.config.vocab_size, model.config.n_mtp
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError("a prompt is empty; give at least one token for each")
+    if max(len(p) for p in prompts) >= model.config.block_size:
+        raise ValueError(f"a prompt has {max(len(p) for p in prompts)} tokens; the context takes {model.config.block_size}, "
+                         "one of them for a new token: give a shorter one")
+    bad = next((t for p in prompts for t in p if not 0 <= t < V), None)
+    if bad is not None:
+        raise ValueError(f"a prompt holds id {bad}; this model's vocabulary is 0 .. {V - 1}: was it made with another tokenizer?")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not 0 <= heads <= K:
+        raise ValueError(f"heads is {heads}; this model has {K} MTP heads, so give 0 (plain decoding) to {K}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if top_k is not None and not 1 <= top_k <= V:
+        raise ValueError(f"top_k is {top_k}; it must be from 1 to {V} (the vocabulary)")
+    if accept not in RULES:
+        raise ValueError(f"unknown accept rule {accept!r}; choose one of {', '.join(RULES)}")
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top_k=None, accept="residual", stop_token=None,
+             generator=None, compile=False, watch=None):
+    """
+    continue each prompt by up to max_new_tokens tokens, or to the end of the context (block_size), or to stop_token
+    (which is emitted too)
+
+    prompts  list of lists of token ids, of any lengths; each is continued as if it were alone
+    heads    MTP heads that draft: None all, 0 plain decoding;  temperature 0: greedy;  top_k: draw among the k likeliest
+    accept   "residual" | "match" | "point": all exact (see above);  generator: same seed, same text
+    compile  (CUDA) fuse kernels first: seconds to compile, then faster;  watch: called with the Decoder after each round
+    -> (list of lists of new ids, Stats). Raises ValueError on a bad request.
+    """
+    heads = model.config.n_mtp if heads is None else heads
+    check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept)
+    length = min(model.config.block_size, max(map(len, prompts)) + max_new_tokens)
+    training, _ = model.training, model.eval()
+    decoder = Decoder(model, len(prompts), length, heads, temperature, top_k, accept, stop_token, generator, compile)
+    out = run_decoder(decoder, prompts, max_new_tokens, watch)
+    model.train(training)
+    return out
+
+
+@torch.no_grad()
+def run_decoder(decoder, prompts, max_new_tokens, watch=None):
+    """decode with a Decoder made for such a batch (its compiled kernels and its graph can serve again)"""
+    decoder.start(prompts, max_new_tokens)
+    rounds = decoder.remaining()
+    if watch:
+        watch(decoder)
+    begin = time.perf_counter()
+    while rounds:
+        for _ in range(1 if watch else rounds):
+            decoder.step()
+            if watch:
+                watch(decoder)
+        rounds = decoder.remaining()
+    seconds = time.perf_counter() - begin
+    new = [decoder.buffer[b, len(p) : int(decoder.n[b]) + 1].tolist() for b, p in enumerate(prompts)]
+    accepted = decoder.accepted.tolist()
+    return new, Stats(sum(accepted), accepted, int(decoder.emitted.sum()), seconds, len(prompts))

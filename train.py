@@ -1,0 +1,594 @@
+"""
+train.py: train a GPT with MTP heads, self-distilled (MTP-D), on real text.
+
+    python train.py                                    preset tiny on a CPU, small on a CUDA GPU; prepares its own data
+    python train.py --preset shakespeare --n_mtp 0     nanoGPT's shakespeare_char run, as a plain GPT
+    python train.py --data my.txt --beta 0             your text; without distillation (plain MTP)
+    python train.py --resume out/tiny/ckpt.pt          go on exactly where the checkpoint was written
+    torchrun --nproc_per_node=4 train.py --preset gpt2 data-parallel on 4 GPUs of one machine
+    python train.py --preset gpt2 --bench              time and memory of a training step for K = 0, 1, 2, 4
+    python train.py -h                                 every flag, its default and its meaning
+
+Writes OUT/ckpt.pt (weights, config, tokenizer, optimizer: all that decode.py and extend.py need) and OUT/log.jsonl.
+Ends with a table (per head: loss, acceptance) and a sample drawn by speculative decoding.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import decode
+import distill
+from data.prepare import Tokenizer, load_dataset, prepare
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# every knob, with its default and meaning; presets below change some of them, flags change any
+
+
+def knob(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    preset: str = knob("", "tiny | small | shakespeare | gpt2; empty: small with CUDA, else tiny")
+    data: str = knob("python", "a data-set folder, or a source or path for data/prepare.py")
+    tokenizer: str = knob("", "bytes | bpe:N | gpt2; empty: the source's usual one")
+    out: str = knob("", "folder for ckpt.pt and log.jsonl; empty: out/PRESET")
+    # model
+    n_layer: int = knob(6, "transformer blocks in the trunk")
+    n_head: int = knob(6, "attention heads of a block")
+    n_embd: int = knob(384, "width d")
+    n_mtp: int = knob(4, "MTP heads K; 0: a plain GPT")
+    block_size: int = knob(256, "context length T, in tokens")
+    dropout: float = knob(0.0, "dropout rate")
+    # optimisation
+    steps: int = knob(1000, "optimizer steps")
+    batch_size: int = knob(32, "windows of T tokens per optimizer step, over all GPUs")
+    micro_batch: int = knob(0, "windows per forward; fewer need less memory and give the same result; 0: all at once")
+    lr: float = knob(1e-3, "peak learning rate (AdamW)")
+    min_lr: float = knob(0.1, "final learning rate, as a fraction of the peak")
+    warmup: int = knob(100, "steps of linear warm-up")
+    weight_decay: float = knob(0.1, "AdamW's, on matrices only")
+    beta2: float = knob(0.99, "AdamW's second-moment decay")
+    clip: float = knob(1.0, "largest gradient norm; 0: no clipping")
+    clip_apart: bool = knob(False, "clip the gradients of the MTP heads and of the rest separately")
+    seed: int = knob(1, "seed of weights, batches and dropout")
+    # the loss (distill.py)
+    alpha: str = knob("0.3", "weight of the heads' cross-entropy: a number, or K numbers with commas")
+    beta: str = knob("0.5", "weight of the heads' KL to the main head; 0: plain MTP without distillation")
+    top_n: float = knob(0.1, "N of the TopN KL: a count, or a fraction of the vocabulary below 1")
+    kl: str = knob("forward", "forward | reverse | tv")
+    detach_teacher: bool = knob(True, "stop-gradient on the teacher")
+    kl_grad: str = knob("full", "full | heads: where the KL's gradient ends; heads keeps it out of trunk and output head")
+    kl_start: float = knob(0.75, "fraction of training after which the KL sets in")
+    kl_ramp: float = knob(0.1, "fraction of training over which beta then rises to its full value")
+    # evaluation and the machine
+    eval_every: int = knob(250, "steps between evaluations; a checkpoint is written at each")
+    eval_windows: int = knob(64, "validation windows: always the same, non-overlapping, from the start")
+    log_every: int = knob(10, "steps between rows of log.jsonl")
+    device: str = knob("auto", "cpu | cuda | mps")
+    dtype: str = knob("auto", "float32 | bfloat16 | float64; auto: bfloat16 autocast where the GPU has it")
+    compile: str = knob("auto", "off | blocks (compiles faster) | model (runs faster); auto: model on CUDA, else off")
+
+
+PRESETS = {
+    "tiny": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, steps=600, lr=3e-3, warmup=50,
+                 eval_every=150, eval_windows=64, tokenizer="bpe:2048"),
+    "small": dict(data="python+packages", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
+                  batch_size=32, micro_batch=16, steps=1500, lr=1e-3, warmup=100),
+    "shakespeare": dict(data="shakespeare", tokenizer="bytes", n_layer=6, n_head=6, n_embd=384, block_size=256,
+                        dropout=0.2, batch_size=64, steps=5000, lr=1e-3, warmup=100, eval_windows=10000),
+    "gpt2": dict(data="fineweb-edu", tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024,
+                 batch_size=480, micro_batch=12, steps=5000, lr=6e-4, warmup=300, beta2=0.95, eval_every=500),
+}
+
+
+def parse(cls, text, extra=(), argv=None):
+    """flags from a dataclass -> (dict of the flags that were given, the rest)"""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(cls):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default {f.default!r})".replace("%", "%%"))
+    for name, options in extra:
+        parser.add_argument(name, **options)
+    args = vars(parser.parse_args(argv))
+    rest = {name.lstrip("-"): args.pop(name.lstrip("-")) for name, _ in extra}
+    return args, rest
+
+
+def make_config(given):
+    """defaults < preset < given flags"""
+    preset = given.get("preset") or ("small" if torch.cuda.is_available() else "tiny")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    cfg = TrainConfig(**{**PRESETS[preset], **given, "preset": preset})
+    if "data" in given and "tokenizer" not in given:
+        cfg.tokenizer = ""                                     # the preset's vocabulary was chosen for the preset's text
+    cfg.out = cfg.out or f"out/{preset}"
+    return check(cfg)
+
+
+def check(cfg):
+    for name, least in dict(steps=0, batch_size=1, micro_batch=0, eval_every=1, eval_windows=1, log_every=1, warmup=0).items():
+        if getattr(cfg, name) < least:
+            raise ValueError(f"--{name} is {getattr(cfg, name)}; it must be at least {least}")
+    for name, values in dict(kl=("forward", "reverse", "tv"), kl_grad=("full", "heads"), compile=("auto", "off", "blocks", "model"),
+                             dtype=("auto", "float32", "bfloat16", "float64")).items():
+        if getattr(cfg, name) not in values:
+            raise ValueError(f"--{name} is {getattr(cfg, name)!r}; choose one of {', '.join(values)}")
+    if cfg.micro_batch and cfg.batch_size % cfg.micro_batch:
+        raise ValueError(f"--batch_size {cfg.batch_size} is not a multiple of --micro_batch {cfg.micro_batch}")
+    distill.count_top_n(cfg.top_n, 1)
+    weights(cfg)
+    return cfg
+
+
+def weights(cfg):
+    """the flags --alpha and --beta -> two lists of K numbers"""
+    out = []
+    for name in ("alpha", "beta"):
+        try:
+            value = [float(x) for x in str(getattr(cfg, name)).split(",")]
+        except ValueError:
+            raise ValueError(f"--{name} is {getattr(cfg, name)!r}; give a number, or {cfg.n_mtp} numbers with commas") from None
+        out.append(distill.per_head(value[0] if len(value) == 1 else value, cfg.n_mtp, f"--{name}"))
+    return out
+
+
+# -----------------------------------------------------------------------------
+# the machine
+
+
+def pick_device(name):
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name, device):
+    """-> (dtype of the matrix products, why)"""
+    if name != "auto":
+        return getattr(torch, name), "as asked for"
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
+        return torch.bfloat16, "this GPU computes in bf16"
+    return torch.float32, "this GPU has no fast bf16" if device.type == "cuda" else f"{device.type}: fp32 is the safe choice"
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+
+def compile_model(model, mode, tokens):
+    """compile in place, and try it once: where that fails, say so in one line and go on without"""
+    try:
+        if mode == "model":
+            model.compile(dynamic=False)
+        else:
+            for part in [*model.blocks, *model.heads]:
+                part.compile(dynamic=False)
+        distill.compile_kernels()
+        distill.mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:])[0].backward()
+    except Exception as error:  # no compiler, no Triton, an old GPU: the reasons are many and none of them is fatal
+        print(f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0][:100]}); going on without it")
+        for part in [model, *model.blocks, *model.heads]:
+            part._compiled_call_impl = None
+        distill.compile_kernels(False)
+    model.zero_grad(set_to_none=True)
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def open_data(cfg):
+    """the data set of --data, prepared first if need be -> (train ids, val ids, meta)"""
+    folder = Path(cfg.data)
+    if not (folder / "meta.json").exists() and not (folder.is_dir() and (folder / "train.bin").exists()):
+        name = f"{folder.name.split('.')[0] if folder.exists() else cfg.data}-{cfg.tokenizer}".replace(":", "")
+        folder = Path(__file__).parent / "data" / name
+        if not (cfg.tokenizer and (folder / "meta.json").exists()):
+            folder = prepare(cfg.data, cfg.tokenizer or None)
+    train, val, meta = load_dataset(folder)
+    for name, ids in (("training", train), ("validation", val)):
+        if len(ids) < cfg.block_size + 1:
+            raise ValueError(f"the {name} text has {len(ids)} tokens; a window takes {cfg.block_size + 1} (block_size + 1): "
+                             "give more text or a smaller --block_size")
+    return train, val, meta
+
+
+def windows(ids, starts, T, device):
+    """token windows (B, T+1) that begin at `starts`"""
+    batch = torch.from_numpy(np.stack([ids[s : s + T + 1] for s in starts]).astype(np.int64))
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+
+
+def batch_starts(cfg, step, length):
+    """where the windows of a step begin: a function of seed and step alone, so that resuming, accumulating and several
+    processes all see the same batches"""
+    return np.random.default_rng((cfg.seed, step)).integers(0, length - cfg.block_size, cfg.batch_size)
+
+
+def train_mode(model):
+    """dropout on, but not in frozen parts: an extension's teacher must not be noisy"""
+    model.train()
+    for part in (*model.blocks, *model.heads, model.drop):
+        if not any(p.requires_grad for p in (part.parameters() if part is not model.drop else [model.weight])):
+            part.eval()
+
+
+@torch.no_grad()
+def evaluate(model, val, cfg, device, dtype):
+    """
+    the main head and every MTP head on fixed validation windows -> dict of floats and lists (K+1 or K long)
+
+    loss      cross-entropy per head, nats per token (entry 0: the main head)
+    accuracy  share of the text's own tokens predicted, per head
+    kl        TopN KL from the main head, per MTP head
+    ar, car   acceptance against the main head's own argmax (decode.rates); tokens_per_forward = 1 + sum of car
+    """
+    model.eval()
+    K, T, W = model.config.n_mtp, cfg.block_size, model.weight
+    starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
+    loss, right, kl = torch.zeros(K + 1, device=device), torch.zeros(K + 1, device=device), torch.zeros(K, device=device)
+    count, accepted = torch.zeros(K + 1, device=device), torch.zeros(K + 1, dtype=torch.long, device=device)
+    for at in range(0, len(starts), 8):
+        tokens = windows(val, starts[at : at + 8], T, device)
+        with autocast(device, dtype):
+            hidden = model(tokens[:, :-1])
+            choices = []
+            for k in range(K + 1):
+                logits, target = hidden[k] @ W.T.to(hidden[k].dtype), tokens[:, k + 1 :]
+                teacher = logits if k == 0 else teacher
+                choices.append(logits.argmax(-1))
+                loss[k] += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
+                right[k] += (choices[k] == target).sum()
+                count[k] += target.numel()
+                if k:
+                    kl[k - 1] += distill.topn_kl(logits, teacher[:, k:], cfg.top_n, cfg.kl) * target.numel()
+        accepted += torch.bincount(decode.accepted_lengths(choices).flatten(), minlength=K + 1)
+    train_mode(model)
+    ar, car = decode.rates(accepted.tolist())
+    return dict(loss=(loss / count).tolist(), accuracy=(right / count).tolist(), kl=(kl / count[1:]).tolist(),
+                ar=ar, car=car, tokens_per_forward=1 + sum(car))
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path, model, **meta):
+    """one file of tensors and plain values (torch.load(weights_only=True) opens it), written beside and then renamed:
+    whatever happens during the write, a whole checkpoint stays there"""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save({"format": "mtp-d-1", "config": dataclasses.asdict(model.config), "model": model.state_dict(), **meta}, part)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error}); what was there before is untouched: free some space") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..)"""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; train.py writes OUT/ckpt.pt")
+    try:
+        meta = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many types on what is cut short or was never a checkpoint
+        raise ValueError(f"{path} can't be read as a checkpoint ({type(error).__name__}): it is cut short, or another "
+                         "program's file") from None
+    if not isinstance(meta, dict) or meta.get("format") != "mtp-d-1":
+        raise ValueError(f"{path} is a PyTorch file but not a checkpoint of train.py or extend.py")
+    model = GPT(GPTConfig(**meta.pop("config"))).to(device)
+    for weight in model.parameters():
+        weight.data.fill_(float("nan"))                        # so that a weight which is not loaded can't go unnoticed
+    dtype = meta["model"]["embed.weight"].dtype
+    model.to(dtype).load_state_dict(meta.pop("model"))
+    return model.eval(), meta
+
+
+# -----------------------------------------------------------------------------
+# the loop
+
+
+def lr_at(cfg, step):
+    """linear warm-up, then a cosine down to min_lr * lr"""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def ramp_at(cfg, step):
+    """0 before kl_start, then linearly up to 1 within kl_ramp (both fractions of the training)"""
+    done = step / max(1, cfg.steps) - cfg.kl_start
+    return 0.0 if done < 0 else min(1.0, done / cfg.kl_ramp) if cfg.kl_ramp > 0 else 1.0
+
+
+def make_optimizer(model, cfg):
+    """AdamW on what requires a gradient; decay on matrices, none on the norms' vectors"""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=model.weight.device.type == "cuda")
+
+
+def clip_gradients(model, cfg):
+    heads = [p for p in model.heads.parameters() if p.grad is not None]
+    mine = {id(p) for p in heads}
+    rest = [p for p in model.parameters() if p.grad is not None and id(p) not in mine]
+    for group in (heads, rest) if cfg.clip_apart else (heads + rest,):
+        torch.nn.utils.clip_grad_norm_(group, cfg.clip)
+
+
+def micro_step(net, model, cfg, tokens, ramp, share):
+    """forward and backward of one micro-batch (B, T+1), whose loss counts for `share` of the step"""
+    alpha, beta = weights(cfg)
+    cut = cfg.kl_grad == "heads" and ramp > 0 and any(beta)
+    hidden = net(tokens[:, :-1], cut_heads=cut)
+    hidden, kl_hidden = hidden if cut else (hidden, None)
+    loss, ce, kl = distill.mtp_loss(hidden, model.weight, tokens[:, 1:], alpha=alpha, beta=beta, ramp=ramp, top_n=cfg.top_n,
+                                    kl=cfg.kl, detach_teacher=cfg.detach_teacher, kl_hidden=kl_hidden)
+    (loss * share).backward()
+    return torch.cat((loss.detach()[None], ce, kl)) * share
+
+
+def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, quiet=False):
+    """
+    train `model` (on its device) for cfg.steps steps; only what requires a gradient moves (extend.py freezes the rest)
+    start, state: the step and the checkpoint to go on from;  extra: more entries for the checkpoint
+    -> the last evaluation (see evaluate)
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = model.weight.device, pick_dtype(cfg.dtype, model.weight.device)[0]
+    micro = cfg.micro_batch or -(-cfg.batch_size // world)
+    if cfg.batch_size % (micro * world):
+        raise ValueError(f"--batch_size {cfg.batch_size} can't be shared by {world} processes with micro-batches of {micro}")
+    optimizer, best = make_optimizer(model, cfg), float("inf")
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        best = state["best_loss"]
+    mode = ("model" if device.type == "cuda" else "off") if cfg.compile == "auto" else cfg.compile
+    with autocast(device, dtype):
+        if mode != "off":
+            compile_model(model, mode, windows(train, batch_starts(cfg, 0, len(train))[:micro], cfg.block_size, device))
+    net = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=0.0 in sum(weights(cfg), []))
+    torch.manual_seed(cfg.seed + rank)                         # dropout
+    if state and rank == 0:
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
+
+    log = Log(cfg, meta, model, start) if rank == 0 else None
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0 or quiet, desc="training", unit="step")
+    train_mode(model)
+    pending, clock, last = [], time.perf_counter(), None
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(cfg, step)
+        tokens = windows(train, batch_starts(cfg, step, len(train))[rank::world], cfg.block_size, device)
+        total, shares = 0, len(tokens) // micro
+        for i, part in enumerate(tokens.split(micro)):
+            sync = nullcontext() if world == 1 or i == shares - 1 else net.no_sync()
+            with sync, autocast(device, dtype):
+                total = total + micro_step(net, model, cfg, part, ramp_at(cfg, step), 1 / shares)
+        if cfg.clip:
+            clip_gradients(model, cfg)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pending.append(total)
+        done = step + 1
+        if rank or not (done % cfg.log_every == 0 or done % cfg.eval_every == 0 or done == cfg.steps):
+            continue
+        recent = torch.stack(pending)                          # the only place where the host waits for the device
+        if not recent[:, 0].isfinite().all():
+            bad = done - len(pending) + int((~recent[:, 0].isfinite()).nonzero()[0])
+            raise FloatingPointError(f"the loss became {recent[bad - done, 0].item()} at step {bad} (learning rate "
+                                     f"{lr_at(cfg, bad):.2e}); {cfg.out}/ckpt.pt, if there, is the last good state. Try a lower "
+                                     "--lr, a longer --warmup, --clip 1, or --dtype float32")
+        row, K = recent.mean(0).tolist(), model.config.n_mtp
+        seconds, clock = (time.perf_counter() - clock) / len(pending), time.perf_counter()
+        log.write(step=done, loss=row[0], ce=row[1 : K + 2], kl=row[K + 2 :], lr=lr_at(cfg, step), ms=1000 * seconds)
+        pending = []
+        bar.set_postfix(loss=f"{row[1]:.3f}", tok_s=f"{cfg.batch_size * cfg.block_size / seconds:.0f}")
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            last = evaluate(model, val, cfg, device, dtype)
+            best = min(best, last["loss"][0])
+            log.write(step=done, val=last)
+            rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}
+            save_checkpoint(Path(cfg.out) / "ckpt.pt", model, tokenizer=meta["tokenizer"], optimizer=optimizer.state_dict(),
+                            step=done, rng=rng, train_config=dataclasses.asdict(cfg), best_loss=best,
+                            data_sha256=meta["sha256"], **(extra or {}))
+            heads = " ".join(f"{x:.3f}" for x in last["ar"])
+            bar.write(f"step {done}: val loss {last['loss'][0]:.4f}, AR [{heads}], {last['tokens_per_forward']:.2f} tokens per forward")
+            clock = time.perf_counter()
+    return last
+
+
+class Log:
+    """log.jsonl: a header line that says what ran, then a row each time; rank 0 only"""
+
+    def __init__(self, cfg, meta, model, start):
+        path = Path(cfg.out) / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a" if start else "w", encoding="utf-8")
+        device = torch.cuda.get_device_name() if model.weight.is_cuda else f"{model.weight.device.type}, {torch.get_num_threads()} threads"
+        self.write(config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config), parameters=model.count_parameters(),
+                   start=start, commit=git_commit(), torch=torch.__version__, device=device, data_sha256=meta["sha256"])
+
+    def write(self, **row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def git_commit():
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return run.stdout.strip() or None
+    except OSError:
+        return None
+
+
+# -----------------------------------------------------------------------------
+# the end of a run, and the benchmark
+
+
+def table(result, meta):
+    """the closing table of an evaluation, as text"""
+    lines = [f"{'head':>6} {'predicts':>10} {'val loss':>9} {'accuracy':>9} {'AR':>7} {'CAR':>7}"]
+    for k, loss in enumerate(result["loss"]):
+        rates = f"{result['ar'][k - 1]:7.3f} {result['car'][k - 1]:7.3f}" if k else ""
+        lines.append(f"{k or 'main':>6} {f'token +{k + 1}':>10} {loss:9.4f} {result['accuracy'][k]:9.3f} {rates}")
+    if meta.get("val_bytes"):
+        bits = result["loss"][0] * meta["val_tokens"] / meta["val_bytes"] / math.log(2)
+        lines.append(f"main head: {bits:.3f} bits per byte of validation text")
+    return "\n".join(lines + [f"expected from CAR: {result['tokens_per_forward']:.2f} tokens per forward of the main model"])
+
+
+def sample(model, val, meta, tokens=160, temperature=0.8, seed=1):
+    """continue the beginning of the validation text by speculative decoding -> text to print"""
+    tokenizer = Tokenizer(meta["tokenizer"])
+    prompt = [int(t) for t in val[: min(32, model.config.block_size // 4)]]
+    tokens = min(tokens, model.config.block_size - len(prompt))
+    generator = torch.Generator(device=model.weight.device).manual_seed(seed)
+    (ids,), stats = decode.generate(model, [prompt], tokens, temperature=temperature, top_k=min(50, model.config.vocab_size), generator=generator)
+    return (f"--- a sample at temperature {temperature}: {stats.tokens} tokens in {stats.forwards} forwards "
+            f"({stats.tokens_per_forward:.2f} each)\n{tokenizer.decode(prompt)}[..]{tokenizer.decode(ids)}\n---")
+
+
+BENCH = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]       # K, beta, N
+
+
+def bench(cfg, device, dtype, steps=20, combos=BENCH):
+    """median time and peak memory of a training step on random tokens, for several K, without and with the KL"""
+    rows = []
+    for K, beta, top_n in combos:
+        torch.manual_seed(0)
+        c = dataclasses.replace(cfg, n_mtp=K, beta=str(beta), top_n=top_n, alpha="0.3")
+        config = GPTConfig(50304, c.block_size, c.n_layer, c.n_head, c.n_embd, K)
+        model = GPT(config).to(device)
+        optimizer, B = make_optimizer(model, c), c.micro_batch or c.batch_size
+        with autocast(device, dtype):
+            if c.compile != "off" and device.type == "cuda":
+                torch._dynamo.reset()
+                compile_model(model, "blocks" if c.compile == "blocks" else "model", torch.randint(50304, (B, c.block_size + 1), device=device))
+        times = []
+        for step in range(steps + 5):
+            tokens = torch.randint(50304, (B, c.block_size + 1), device=device)
+            if step == 5 and device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            begin = now(device)
+            with autocast(device, dtype):
+                micro_step(model, model, c, tokens, 1.0, 1.0)
+            clip_gradients(model, c)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            times.append(now(device) - begin)
+        ms = 1000 * sorted(times[5:])[steps // 2]
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, ms=ms, tokens_per_s=1000 * B * c.block_size / ms, peak_gib=peak))
+        print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {ms:8.2f} ms a step, {rows[-1]['tokens_per_s']:9.0f} tokens/s, "
+              f"peak {peak:.2f} GiB", flush=True)
+    return rows
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main():
+    given, rest = parse(TrainConfig, __doc__, [
+        ("--resume", dict(default="", metavar="CKPT", help="go on from this checkpoint; its config holds, but for flags given")),
+        ("--bench", dict(action="store_true", help="time training steps instead of training")),
+        ("--json", dict(action="store_true", help="print the results as one JSON document on the last line"))])
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    state, start = None, 0
+    if rest["resume"]:
+        model, state = load_checkpoint(rest["resume"])
+        for name, value in given.items():
+            if name in dataclasses.asdict(model.config) and value != getattr(model.config, name):
+                raise ValueError(f"--{name} {value} disagrees with the checkpoint, which has {getattr(model.config, name)}: "
+                                 "leave the flag out, or train from scratch without --resume")
+        cfg, start = check(TrainConfig(**{**state["train_config"], **given})), state["step"]
+        if cfg.steps <= start:
+            raise ValueError(f"{rest['resume']} is at step {start} of {cfg.steps} already; give a larger --steps to go on")
+    else:
+        cfg = make_config(given)
+    device = pick_device(cfg.device)
+    if world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype, why = pick_dtype(cfg.dtype, device)
+    torch.set_float32_matmul_precision("high")                 # tf32 for what stays in fp32 on a GPU
+    if rank == 0:
+        print(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}, writing to {cfg.out}")
+    if rest["bench"]:
+        rows = bench(cfg, device, dtype)
+        return print(json.dumps(rows)) if rest["json"] else None
+    if world > 1 and rank:
+        torch.distributed.barrier()                            # rank 0 prepares the data, the others wait for it
+    train, val, meta = open_data(cfg)
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+    if state is None:
+        torch.manual_seed(cfg.seed)
+        vocab = meta["vocab_size"] if meta["vocab_size"] < 1024 else -(-meta["vocab_size"] // 64) * 64
+        model = GPT(GPTConfig(vocab, **{k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")}))
+    elif meta["tokenizer"] != state["tokenizer"]:
+        raise ValueError(f"{cfg.data} was made with another tokenizer than {rest['resume']}: pass the data set it was trained on")
+    model = model.to(device, torch.float64 if dtype == torch.float64 else None)
+    if rank == 0:
+        parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in model.count_parameters().items())
+        print(f"parameters: {parts}; data: {len(train) / 1e6:.2f}M train and {len(val) / 1e6:.3f}M val tokens of {meta['source']}")
+    begin = time.perf_counter()
+    result = fit(model, cfg, train, val, meta, start, state)
+    if rank == 0:
+        print(f"\ntrained {cfg.steps - start} steps in {time.perf_counter() - begin:.0f} s; checkpoint {cfg.out}/ckpt.pt\n")
+        print(table(result, meta))
+        if len(val) > 32:
+            print(sample(model.eval(), val, meta))
+        if rest["json"]:
+            print(json.dumps(result))
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def run(main):
+    """call main(); what a user can cause ends in one clear line and exit code 1"""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; --resume OUT/ckpt.pt goes on from the last checkpoint")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"out of memory ({str(error).splitlines()[0][:120]}): lower --micro_batch (the result stays the same), "
+                 "--block_size or the model's size")
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+if __name__ == "__main__":
+    run(main)
