@@ -14,7 +14,7 @@ One round, with t_0 .. t_n known and h^0 verified up to position n-1:
     accept   keep d_1 .. d_a while the rule says so, and emit one more token from row a: a+1 tokens for one forward
     rollback nothing to do: caches are indexed by position, and the next round overwrites what was refused
 
-Row i of head k consumed Emb(t_{i+k}), which for the last k-1 rows was a draft. So head k runs again over the K+k rows
+Row i of head k consumed Emb(t_{i+k}), which for the last k-1 rows was a draft. So every head runs again over the 2K rows
 that may have changed since they were last verified; its guess is the same as without any cache.
 
 Symbols: B batch, K heads used, V vocabulary, p target law (main head), q draft law (MTP head), d draft, y emitted token.
@@ -181,21 +181,25 @@ class Decoder:
         self.n, self.limit, self.done = zeros + 1, zeros + length - 1, zeros.bool()
         self.accepted, self.emitted = torch.zeros(heads + 1, dtype=torch.long, device=weight.device), zeros.clone()
         self.row = torch.arange(batch, device=weight.device)[:, None]
-        self.steps = torch.arange(-2 * heads - 1, heads + 2, device=weight.device)     # offsets, made once
-        self.trunk, self.head, self.logits = model.trunk_step, model.head_step, model.logits
+        self.back = torch.arange(-2 * heads, 0, device=weight.device)       # offsets of the rows that draft() rebuilds
+        self.ahead = torch.arange(heads + 1, device=weight.device)          # .. and of those that verify() reads
         if compile:
-            self._compile()
-        self.step = self._capture(self.round) if weight.is_cuda else self.round
+            self.compile()
+        self.step = self.capture(self.round) if weight.is_cuda else self.round
 
-    def _compile(self):
-        """fuse the small kernels of a block: most of the time of a GPU at batch 1 goes into launching them"""
+    def compile(self):
+        """fuse the small kernels of each block: most of the time of a GPU at batch 1 goes into launching them. The
+        blocks are alike, so the first one's compilation serves all (start() runs them as they stand)"""
         import torch._inductor.config
         torch._inductor.config.coordinate_descent_tuning = True             # tunes products of a matrix and a vector
-        self.trunk, self.head, self.logits = (torch.compile(f, dynamic=False) for f in (self.trunk, self.head, self.logits))
+        torch._dynamo.config.recompile_limit = 64                           # a block is compiled for each number of rows
+        for part in [*self.model.blocks, *self.model.heads]:
+            if part._compiled_call_impl is None:
+                part.compile(dynamic=False)
 
     @torch.no_grad()
-    def _capture(self, function):
-        """record the kernels of one call, to be replayed by one launch"""
+    def capture(self, function):
+        """record the kernels of one call, to be replayed by one launch -> the replay"""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -210,6 +214,7 @@ class Decoder:
         return graph.replay
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")                # prompts come in all lengths: not worth compiling for
     def start(self, prompts, max_new_tokens):
         """prefill: read the prompts (lists of ids, right-padded here), emit each one's first token"""
         model, device = self.model, self.n.device
@@ -237,14 +242,13 @@ class Decoder:
 
     def draft(self):
         """heads 1 .. K guess d_1 .. d_K into buffer[n+1 ..] -> their laws q, (B, K, V)"""
-        laws = []
+        # rows n-2K .. n-1. After the last round, head k's rows were verified up to n'-k (row i needs token i+k), and n
+        # is at most n'+K+1: what has changed since is in here. Near the start of a text, row 0 is done repeatedly
+        pos = (self.n[:, None] + self.back).clamp_min(0)
+        where, laws = self.model.where(self.cache, pos), []
         for k in range(1, self.heads + 1):
-            # rows n-K-k .. n-1. Last round head k had verified its rows up to n'-k (row i needs token i+k), and n has
-            # moved on by at most K+1 since: all later rows are in here. At the start of a text row 0 is done repeatedly
-            last = 2 * self.heads + 1                        # steps[last] is offset 0
-            pos = (self.n[:, None] + self.steps[last - self.heads - k : last]).clamp_min(0)
-            hidden = self.head(k, self.buffer[self.row, pos + k], self.cache, pos)
-            logits = self.logits(k, hidden[:, -1])
+            hidden = self.model.head_step(k, self.buffer[self.row, pos + k], self.cache, where)
+            logits = self.model.logits(k, hidden[:, -1])
             if self.accept is residual:
                 laws.append(probabilities(logits, self.temperature, self.top_k))
                 d = draw(laws[-1], self.generator)
@@ -256,9 +260,10 @@ class Decoder:
     def verify(self, q=None):
         """one forward of the main model over [t_n, d_1 .. d_K]; accept, emit, count"""
         K = self.heads
-        pos = self.n[:, None] + self.steps[2 * K + 1 : 3 * K + 2]            # n .. n+K
-        logits = self.logits(0, self.trunk(self.buffer[self.row, pos], self.cache, pos))       # (B, K+1, V)
-        d = self.buffer[self.row, pos + 1][:, :K]
+        pos = self.n[:, None] + self.ahead                   # n .. n+K
+        tokens = self.buffer[self.row, pos]
+        logits = self.model.logits(0, self.model.trunk_step(tokens, self.cache, pos))          # (B, K+1, V)
+        self.drafts = d = tokens[:, 1:]                      # kept for --trace
         if self.temperature == 0:
             y = logits.argmax(-1)                            # `match` with one-hot p
             a = leading(y[:, :-1] == d)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 def count_top_n(n, vocab_size):
     """N as a count (n >= 1) or as a fraction of the vocabulary (0 < n < 1) -> count; more than V means all of V"""
-    if not n > 0 or (n >= 1 and n != int(n)):
+    if not 0 < n < math.inf or (n >= 1 and n != int(n)):
         raise ValueError(f"top_n is {n}; it must be a whole number of logits, or a fraction of the vocabulary below 1")
     return min(vocab_size, max(1, round(n * vocab_size)) if n < 1 else int(n))
 
@@ -134,20 +134,22 @@ def chunk_loss(hidden, weight, targets, alpha, beta, top_n, kind, detach_teacher
     weight (V, d); targets (C,); alpha (R,); beta (R-1,)
     -> CE sums (R,), KL sums (R-1,), d loss / d hidden, d loss / d weight
     """
-    R = len(alpha)
-    logits = hidden @ weight.T                                               # (R, C, V)
-    ce, d_logits = cross_entropy_grad(logits[:R], targets, alpha)            # CE_main + sum_k alpha_k CE(P^k, t)
-    kl = torch.zeros_like(beta)
-    if len(hidden) > R:
-        d_logits = torch.cat((d_logits, torch.zeros_like(logits[R:])))
+    R, shared = len(alpha), hidden[: len(alpha)]                             # shared: rows whose gradient goes everywhere
+    logits = shared @ weight.T                                               # (R, C, V)
+    ce, d_logits = cross_entropy_grad(logits, targets, alpha)                # CE_main + sum_k alpha_k CE(P^k, t)
+    kl, student, d_student = torch.zeros_like(beta), logits[1:], d_logits[1:]
+    if len(hidden) > R:                                                      # kl_grad="heads": the KL has rows of its own
+        student = hidden[R:] @ weight.T
+        d_student = torch.zeros_like(student)
     if top_n and R > 1:
-        first = len(hidden) - R + 1                                          # the students are the last R-1 rows
         top = top_n_indices(logits[0], top_n)                                # (C, N): one set, shared by all heads
-        kl, d_teacher = add_divergence_grad(d_logits[first:], logits[first:], logits[0], top, beta, kind)
+        kl, d_teacher = add_divergence_grad(d_student, student, logits[0], top, beta, kind)
         if not detach_teacher:                                               # sg(Q~) is just this: no gradient for Q
             d_logits[0].scatter_add_(-1, top, d_teacher.to(logits.dtype))
-    d_weight = d_logits[:R].flatten(0, 1).T @ hidden[:R].flatten(0, 1) if weight_grad else None
-    return ce, kl, d_logits @ weight, d_weight
+    d_hidden = d_logits @ weight
+    if len(hidden) > R:
+        d_hidden = torch.cat((d_hidden, d_student @ weight))
+    return ce, kl, d_hidden, d_logits.flatten(0, 1).T @ shared.flatten(0, 1) if weight_grad else None
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -188,7 +190,7 @@ def chunk_size(targets, row_logits, at_most):
 def per_head(value, K, name):
     """a number, or a list of K numbers -> list of K"""
     values = [float(value)] * K if isinstance(value, (int, float)) else [float(v) for v in value]
-    if len(values) != K or min(values, default=0) < 0:
+    if len(values) != K or not all(0 <= v < math.inf for v in values):
         raise ValueError(f"{name} is {value}; give one number >= 0, or one for each of the {K} heads")
     return values
 
@@ -211,7 +213,9 @@ def mtp_loss(hidden, weight, targets, *, alpha=0.3, beta=0.5, ramp=1.0, top_n=0.
     if T <= K:
         raise ValueError(f"got windows of {T} tokens for {K} MTP heads; the loss takes at least {K + 1}")
     alpha, beta = per_head(alpha, K, "alpha"), per_head(beta, K, "beta")
-    device, with_kl = targets.device, ramp > 0 and any(beta)
+    if kl not in ("forward", "reverse", "tv"):
+        raise ValueError(f"unknown divergence {kl!r}; choose forward, reverse or tv")
+    device, with_kl, top_n = targets.device, ramp > 0 and any(beta), count_top_n(top_n, len(weight))
     if torch.is_autocast_enabled(device.type):                               # as nn.Linear would
         low = torch.get_autocast_dtype(device.type)
         hidden, weight = [h.to(low) for h in hidden], weight.to(low)
@@ -226,10 +230,10 @@ def mtp_loss(hidden, weight, targets, *, alpha=0.3, beta=0.5, ramp=1.0, top_n=0.
     R, C, V, high = 1 + len(heads), B * (T - K), len(weight), torch.promote_types(rows.dtype, torch.float32)
     count = torch.tensor([B * T] + [C] * len(heads), dtype=high, device=device)
     loss, ce_sum, kl_sum = ChunkedLoss.apply(
-        rows, weight, targets[:, K:].reshape(-1), chunk_size(C, len(rows) * V, chunk_logits),
+        rows, weight, targets[:, K:].reshape(-1), chunk_size(C, R * V, chunk_logits),
         torch.tensor([1.0] + [alpha[k - 1] for k in heads], dtype=high, device=device) / count,
         torch.tensor([ramp * beta[k - 1] for k in heads], dtype=high, device=device) / count[1:],
-        count_top_n(top_n, V) if with_kl else 0, kl, detach_teacher)
+        top_n if with_kl else 0, kl, detach_teacher)
     ce, kl_out = torch.zeros(K + 1, dtype=high, device=device), torch.zeros(K, dtype=high, device=device)
     ce[[0] + heads], kl_out[[k - 1 for k in heads]] = ce_sum / count, kl_sum / count[1:]
 

@@ -56,17 +56,17 @@ class GPTConfig:
 
 
 def rope_table(length, head_dim, dtype, device):
-    """cos and sin of the rotary angles, (2, length, hd/2). Source: RoFormer, arXiv 2104.09864."""
+    """cos and sin of the rotary angles, (2, length, hd), both halves alike. Source: RoFormer, arXiv 2104.09864."""
     freq = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=dtype, device=device), freq)
+    angle = torch.outer(torch.arange(length, dtype=dtype, device=device), freq).repeat(1, 2)
     return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x, rope):
-    """turn each pair (x_i, x_{i+hd/2}) by its position's angle; x (B, H, T, hd), rope (2, B or 1, 1, T, hd/2)"""
+    """turn each pair (x_i, x_{i+hd/2}) by its position's angle; x (.., B, H, T, hd), rope (2, B or 1, 1, T, hd)"""
     a, b = x.chunk(2, dim=-1)
     cos, sin = rope
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).type_as(x)
 
 
 class RMSNorm(nn.Module):
@@ -75,8 +75,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        # the mean square in float32 even when x is bf16; cast the weight, not the result, to keep x's dtype
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), eps=1e-5)
+        wide = x if x.dtype == torch.float64 else x.float()    # the mean square in float32 even when x is bf16
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * self.weight).type_as(x)
 
 
 class Attention(nn.Module):
@@ -86,24 +86,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None, pos=None):
+    def forward(self, x, rope, cache=None, where=None):
         B, T, d = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, hd)
-        q, k = rotate(q, rope), rotate(k, rope)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)    # (3, B, H, T, hd)
+        (q, k), v = rotate(qkv[:2], rope), qkv[2]
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout * self.training)
         else:
             # slot s holds position s. Write the T new rows where they belong, over whatever a rejected draft left
-            # there, and let the query at position p see slots 0..p: slots past p may be stale and are never seen.
+            # there; `where` lets the query at position p see slots 0..p, so that stale slots past p are never seen.
             # (is_causal=True would be wrong here: the queries are fewer than the keys.)
-            keys, values = cache                                                             # (B, H, S, hd) each
-            row = torch.arange(B, device=x.device)[:, None]                                  # (B, 1)
+            (keys, values), (row, pos, bias, _) = cache, where                               # (B, H, S, hd) each
             keys[row, :, pos] = k.transpose(1, 2)                                            # (B, T, H, hd) goes in
             values[row, :, pos] = v.transpose(1, 2)
-            seen = torch.arange(keys.size(2), device=x.device) <= pos[:, None, :, None]      # (B, 1, T, S)
             # written out: for a few queries the compiler fuses this into less than a call of the attention kernel
-            score = (q @ keys.transpose(-2, -1)) * (d // self.n_head) ** -0.5                # (B, H, T, S)
-            y = score.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+            score = (q * (d // self.n_head) ** -0.5) @ keys.transpose(-2, -1) + bias         # (B, H, T, S)
+            y = score.softmax(-1) @ values
         return self.proj(y.transpose(1, 2).reshape(B, T, d))
 
 
@@ -118,8 +116,8 @@ class Block(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache=None, pos=None):
-        x = x + self.drop(self.attn(self.norm1(x), rope, cache, pos))
+    def forward(self, x, rope, cache=None, where=None):
+        x = x + self.drop(self.attn(self.norm1(x), rope, cache, where))
         return x + self.drop(self.proj(F.relu(self.fc(self.norm2(x))).square()))
 
 
@@ -133,9 +131,9 @@ class MTPHead(nn.Module):
         self.block = Block(config)
         self.norm_out = RMSNorm(config.n_embd)
 
-    def forward(self, hidden, embed, rope, cache=None, pos=None):
+    def forward(self, hidden, embed, rope, cache=None, where=None):
         x = self.mix(torch.cat((self.norm_hidden(hidden), self.norm_embed(embed)), dim=-1))  # [h ; emb], not [emb ; h]
-        return self.block(x, rope, cache, pos)
+        return self.block(x, rope, cache, where)
 
 
 class Cache:
@@ -153,6 +151,7 @@ class Cache:
         shape = (batch, config.n_head, slots, config.n_embd // config.n_head)
         self.kv = [(torch.zeros(shape, **like), torch.zeros(shape, **like)) for _ in range(config.n_layer + heads)]
         self.hidden = [torch.zeros(batch, slots, config.n_embd, **like) for _ in range(heads)]
+        self.row, self.slot = torch.arange(batch, device=device)[:, None], torch.arange(slots, device=device)
 
 
 class GPT(nn.Module):
@@ -190,16 +189,22 @@ class GPT(nn.Module):
         """the output head W, (V, d): the embedding's own matrix"""
         return self.embed.weight
 
-    def angles(self, T, pos=None):
-        """rotary angles of positions 0..T-1, or of pos (B, T): (2, 1 or B, 1, T, hd/2)"""
-        return self.rope[:, None, None, :T] if pos is None else self.rope[:, pos].unsqueeze(2)
+    def angles(self, T):
+        """rotary angles of positions 0..T-1: (2, 1, 1, T, hd)"""
+        return self.rope[:, None, None, :T]
 
-    def trunk(self, embed, cache=None, pos=None):
-        """embeddings (B, T, d) -> h^0 (B, T, d), before the output norm. With a cache, pos (B, T) says which positions
-        these T rows are, in any order of calls (see Cache)."""
-        x, rope = self.drop(embed), self.angles(embed.size(1), pos)
+    def where(self, cache, pos):
+        """positions (B, T) -> all that a step with a cache must know of them: batch row (B, 1), position (B, T), bias
+        (B, 1, T, S): 0 for the slots up to the position and -inf past it, rotary angles (2, B, 1, T, hd)"""
+        zero = torch.zeros((), dtype=self.weight.dtype, device=pos.device)
+        return cache.row, pos, zero.masked_fill(cache.slot > pos[:, None, :, None], -torch.inf), self.rope[:, pos].unsqueeze(2)
+
+    def trunk(self, embed, cache=None, where=None):
+        """embeddings (B, T, d) -> h^0 (B, T, d), before the output norm. With a cache, `where` says which positions
+        these T rows are."""
+        x, rope = self.drop(embed), self.angles(embed.size(1)) if where is None else where[3]
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, None if cache is None else cache.kv[i], pos)
+            x = block(x, rope, cache and cache.kv[i], where)
         return x
 
     def cascade(self, h0, embed):
@@ -244,24 +249,23 @@ class GPT(nn.Module):
         """
         return [F.linear(hidden, self.weight) for hidden in self(tokens)]
 
-    def head_step(self, k, tokens, cache, pos):
-        """
-        run head k (1..K) at positions pos (B, T), from the cached h^{k-1} of those positions and tokens (B, T), which
-        are t_{pos+k}; writes the head's cache rows. Returns h^k (B, T, d).
-        """
-        row = torch.arange(pos.size(0), device=pos.device)[:, None]
-        hidden = cache.hidden[k - 1][row, pos]
-        out = self.heads[k - 1](hidden, self.embed(tokens), self.angles(0, pos), cache.kv[self.config.n_layer + k - 1], pos)
-        if k < len(cache.hidden):
-            cache.hidden[k][row, pos] = out
+    def trunk_step(self, tokens, cache, pos):
+        """run the trunk on tokens (B, T) at positions pos (B, T), or what where() made of them; writes the cache rows.
+        Returns h^0 (B, T, d)."""
+        where = row, pos, _, _ = pos if isinstance(pos, tuple) else self.where(cache, pos)
+        out = self.trunk(self.embed(tokens), cache, where)
+        if cache.hidden:
+            cache.hidden[0][row, pos] = out
         return out
 
-    def trunk_step(self, tokens, cache, pos):
-        """run the trunk on tokens (B, T) at positions pos (B, T); writes the cache rows. Returns h^0 (B, T, d)."""
-        out = self.trunk(self.embed(tokens), cache, pos)
-        if cache.hidden:
-            row = torch.arange(pos.size(0), device=pos.device)[:, None]
-            cache.hidden[0][row, pos] = out
+    def head_step(self, k, tokens, cache, pos):
+        """run head k (1..K) at positions pos (B, T), or what where() made of them, from the cached h^{k-1} of those
+        positions and tokens (B, T), which are t_{pos+k}; writes the cache rows. Returns h^k (B, T, d)."""
+        where = row, pos, _, rope = pos if isinstance(pos, tuple) else self.where(cache, pos)
+        kv = cache.kv[self.config.n_layer + k - 1]
+        out = self.heads[k - 1](cache.hidden[k - 1][row, pos], self.embed(tokens), rope, kv, where)
+        if k < len(cache.hidden):
+            cache.hidden[k][row, pos] = out
         return out
 
     def count_parameters(self):

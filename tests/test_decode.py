@@ -1,0 +1,572 @@
+"""decode.py: whatever the heads guess, the text is the main head's. Branches of chance are counted, not drawn."""
+import itertools
+import math
+import random
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+import decode
+from decode import Decoder, Stats, acceptance, accepted_lengths, generate, probabilities, rates, run_decoder
+from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.usefixtures("float64")
+RULES = ["residual", "point", "match"]
+
+
+def make_model(vocab=5, block=12, K=3, layers=1, seed=0, heads=1):
+    """a toy in eval mode with large random weights: every error shows, but hardly a draft is accepted"""
+    model = GPT(GPTConfig(vocab, block, layers, heads, n_embd=8, n_mtp=K)).requires_grad_(False)
+    gen = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=gen) * 0.5 + (weight.dim() == 1))
+    return model.eval()
+
+
+def counting_model(K=4, block=32, noise=0.0, seed=0):
+    """a toy built to say 0 1 .. 6 0 1 .., as its heads do: all drafts are accepted. Noise makes some err"""
+    model = make_model(7, block, K)
+    for weight in model.parameters():
+        weight.fill_(1.0 if weight.dim() == 1 else 0.0)
+    model.embed.weight.copy_(torch.eye(7, 8))
+    for part in [*model.blocks, *(head.block for head in model.heads)]:     # the MLP adds e_{t+1} to e_t
+        part.fc.weight[:8] = torch.eye(8)
+        part.proj.weight[:7, :7] = torch.eye(7).roll(1, 0)
+    for head in model.heads:
+        head.mix.weight.copy_(torch.cat((torch.eye(8) / 2, torch.eye(8)), 1))
+    gen = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight += torch.randn(weight.shape, generator=gen) * noise
+    return model
+
+
+def copy(model, **changes):
+    """the same weights under another config: fewer heads, or a longer context (rotary positions have no weights)"""
+    other = GPT(replace(model.config, **changes)).requires_grad_(False)
+    other.load_state_dict(model.state_dict(), strict=False)
+    return other.eval()
+
+
+# ---- the slow, obvious decoders, by all_logits alone
+
+
+def choice(model, text, k=0):
+    """the argmax of head k's last row: its guess of the token that is k after the next one of its position"""
+    return int(model.all_logits(torch.tensor([text]))[k][0, -1].argmax())
+
+
+def plain(model, prompts, new, stop=None):
+    """one token a forward, of a model that never had heads"""
+    model, texts = copy(model, n_mtp=0), []
+    for prompt in prompts:
+        text, end = list(prompt), min(len(prompt) + new, model.config.block_size)
+        while len(text) < end and (len(text) == len(prompt) or text[-1] != stop):
+            text.append(choice(model, text))
+        texts.append(text[len(prompt):])
+    return texts
+
+
+def by_hand(model, prompt, new, heads, stop=None):
+    """speculative decoding without any cache -> new ids, histogram, and of each round (n, its drafts)"""
+    end = min(len(prompt) + new, model.config.block_size)
+    model = copy(model, block_size=model.config.block_size + heads)         # drafts may lie past the end of the context
+    main = copy(model, n_mtp=0)
+    text, accepted, rounds = [*prompt, choice(main, prompt)], [0] * (heads + 1), []
+    while len(text) < end and text[-1] != stop:
+        drafts = []
+        for k in range(1, heads + 1):
+            drafts.append(choice(model, text + drafts, k))
+        rounds.append((len(text) - 1, drafts))
+        good, says = 0, main.all_logits(torch.tensor([text + drafts]))[0][0].argmax(-1).tolist()
+        for draft in [*drafts, None]:
+            text.append(says[len(text) - 1])
+            good += text[-1] == draft
+            if text[-1] != draft or text[-1] == stop or len(text) == end:
+                break
+        accepted[good] += 1
+    return text[len(prompt):], accepted, rounds
+
+
+def law_of(logits, temperature, top_k=None):
+    """logits (V,) -> the law of a token, as a list"""
+    logits = [float(x) for x in logits]
+    kept = sorted(range(len(logits)), key=lambda v: -logits[v])[:top_k]
+    weights = [math.exp((x - max(logits)) / temperature) if v in kept else 0.0 for v, x in enumerate(logits)]
+    return [w / sum(weights) for w in weights]
+
+
+def spy_on_rounds(monkeypatch):
+    """a list that fills with (row, n, text, drafts, q) of every sequence that isn't done, as each verify finds it"""
+    seen, verify = [], Decoder.verify
+
+    def spy(self, q=None):
+        for b, (n, done, tokens) in enumerate(zip(self.n.tolist(), self.done.tolist(), self.buffer.tolist())):
+            if not done:
+                seen.append((b, n, tokens[: n + 1], tokens[n + 1 : n + 1 + self.heads], None if q is None else q[b]))
+        verify(self, q)
+    monkeypatch.setattr(Decoder, "verify", spy)
+    return seen
+
+
+def assert_same_as_by_hand(model, prompts, new, stop, seen):
+    """text, counts and every draft of every round -> Stats, and the n of the rounds"""
+    seen.clear()
+    got, stats = generate(model, prompts, new, stop_token=stop)
+    texts, counts, rounds = zip(*(by_hand(model, p, new, model.config.n_mtp, stop) for p in prompts))
+    assert [[(n, drafts) for row, n, _, drafts, _ in seen if row == b] for b in range(len(prompts))] == list(rounds)
+    assert got == list(texts) and stats.accepted == torch.tensor(counts).sum(0).tolist()
+    return stats, [n for row in rounds for n, _ in row]
+
+
+# ---- greedy
+
+
+def some_request(chance, seed, K):
+    """-> model, prompts, max_new_tokens, stop token: half of the models random, half built to be accepted often"""
+    block = chance.randint(K + 2, K + 6)
+    if seed % 2:
+        V, start = chance.choice([2, 3, 11]), 0
+        model = make_model(V, block, K, layers=1 + seed % 3 // 2, seed=1000 * K + seed, heads=1 + seed % 4 // 2)
+    else:
+        V, start = 7, chance.randrange(7)
+        model = counting_model(K, block, chance.choice([0.05, 0.1, 0.15]), seed)
+    prompts = []
+    for _ in range(chance.randint(1, 5)):
+        length = chance.choice([1, chance.randint(1, block - 1)])
+        prompts.append([(start + i) % 7 if V == 7 else chance.randrange(V) for i in range(length)])
+    new, stop = chance.choice([block, block, chance.randint(1, 6)]), chance.choice([None, None, chance.randrange(V)])
+    return model, prompts, new, stop
+
+
+@pytest.mark.parametrize("K", range(7))
+def test_greedy_text_is_that_of_plain_decoding(K):
+    chance, lengths = random.Random(K), torch.zeros(K + 1, dtype=torch.long)
+    for seed in range(30):                                  # 210 models in all
+        model, prompts, new, stop = some_request(chance, seed, K)
+        heads = K if seed % 5 else chance.randint(0, K)
+        got, stats = generate(model, prompts, new, heads=heads, stop_token=stop)
+        assert got == plain(model, prompts, new, stop), (seed, heads)
+        assert stats.tokens == sum(map(len, got)) and stats.sequences == len(prompts)
+        assert stats.forwards == sum(stats.accepted) and len(stats.accepted) == heads + 1
+        # a round emits its accepted drafts and one token more; only a sequence's last round may lack the latter
+        full = len(prompts) + sum((a + 1) * times for a, times in enumerate(stats.accepted))
+        assert full - len(prompts) <= stats.tokens <= full
+        if heads == 0:
+            assert stats.forwards == stats.tokens - len(prompts)
+        if seed % 6 == 0:
+            assert got == [generate(model, [p], new, heads=heads, stop_token=stop)[0][0] for p in prompts], seed
+        if heads == K:
+            lengths += torch.tensor(stats.accepted)
+    assert lengths.min() > 0, f"no round accepted {int(lengths.argmin())} drafts: {lengths.tolist()}"
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_cached_drafts_texts_and_counts_equal_those_by_hand(K, monkeypatch):
+    # 1-token prompts: the first round has n = 1 < K, so a head's rows reach back past the start of the text
+    seen, lengths, early = spy_on_rounds(monkeypatch), torch.zeros(K + 1, dtype=torch.long), 0
+    for seed in range(6):
+        random_one = make_model(3, 8 + K, K, layers=2, seed=seed + 50 * K)
+        model = counting_model(K, 8 + K, 0.02 * (3 + seed), seed) if seed % 2 else random_one
+        prompts = [[1], [0, 1, 2, 0, 1, 2][: 1 + seed], [0, 1, 2] * 2]
+        stats, starts = assert_same_as_by_hand(model, prompts, 99, 2 if seed == 3 else None, seen)
+        lengths += torch.tensor(stats.accepted)
+        early += sum(n < K for n in starts)
+    assert lengths.min() > 0 and (early or K == 1), (lengths, early)
+
+
+def test_prompts_longer_than_a_piece_of_the_prefill(monkeypatch):
+    model, gen = make_model(3, 530, 2, seed=3), torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, (length,), generator=gen).tolist() for length in (1, 255, 256, 257, 513)]
+    assert_same_as_by_hand(model, prompts, 4, None, spy_on_rounds(monkeypatch))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_the_law_a_draft_is_drawn_from_is_that_of_its_head(top_k, monkeypatch):
+    # exact numbers, not argmaxes. The accept rules forgive any q, so the law of a text would not show a wrong one
+    seen, K, gen = spy_on_rounds(monkeypatch), 3, torch.Generator().manual_seed(1)
+    model = counting_model(K, 24, noise=0.15, seed=5)
+    roomy = copy(model, block_size=24 + K)
+    _, stats = generate(model, [[0], [1, 2, 0, 1]], 99, temperature=0.3, top_k=top_k, generator=gen)
+    assert min(stats.accepted) > 0
+    for _, n, text, drafts, q in seen:
+        for k in range(1, K + 1):
+            logits = roomy.all_logits(torch.tensor([text + drafts[: k - 1]]))[k][0, -1]
+            assert q[k - 1].tolist() == pytest.approx(law_of(logits, 0.3, top_k), abs=1e-10), (n, k)
+
+
+def test_the_end_of_the_context_is_reached_and_not_passed():
+    # all drafts are right, so the last rounds overshoot by every amount; finished rows wait beside unfinished ones
+    model = counting_model(block=16)
+    for heads in range(5):
+        lengths = (1, *range(9, 16))
+        got, _ = generate(model, [[i % 7 for i in range(n)] for n in lengths], 10**6, heads=heads)
+        assert got == [[i % 7 for i in range(n, 16)] for n in lengths], heads
+
+
+@pytest.mark.parametrize("new, stop, accepted, tokens", [
+    (6, None, [0, 0, 0, 0, 1], 6),    # 1 | 2 3 4 5 6: one round, nothing to cut
+    (7, None, [0, 1, 0, 0, 1], 7),    # and 0 of the next block: one draft emitted, three and the bonus cut
+    (9, None, [0, 0, 0, 1, 1], 9),
+    (10, None, [0, 0, 0, 0, 2], 10),  # the bonus token alone is cut
+    (4, None, [0, 0, 0, 1, 0], 4),
+    (1, None, [0, 0, 0, 0, 0], 1),    # the prefill's token was all
+    (20, 1, [0, 0, 0, 0, 0], 1),      # which may be the stop token
+    (20, 2, [0, 1, 0, 0, 0], 2),      # a stop token among the accepted drafts: first,
+    (20, 4, [0, 0, 0, 1, 0], 4),      # middle,
+    (20, 5, [0, 0, 0, 0, 1], 5),      # last,
+    (20, 6, [0, 0, 0, 0, 1], 6),      # or as the bonus token
+    (20, 0, [0, 1, 0, 0, 1], 7),
+    (3, 4, [0, 0, 1, 0, 0], 3),       # the limit comes before the stop token
+    (4, 4, [0, 0, 0, 1, 0], 4),
+])
+def test_what_is_cut_from_an_accepted_block_is_neither_text_nor_count(new, stop, accepted, tokens):
+    counting = counting_model()
+    got, stats = generate(counting, [[5, 6, 0]], new, stop_token=stop)
+    assert got == [[(1 + i) % 7 for i in range(tokens)]]
+    assert (stats.accepted, stats.forwards, stats.tokens) == (accepted, sum(accepted), tokens)
+    # beside a row that goes on longer: once done, a row counts no more
+    got, both = generate(counting, [[5, 6, 0], [0, 1, 2]], new, stop_token=stop)
+    _, other = generate(counting, [[0, 1, 2]], new, stop_token=stop)
+    assert got[0] == [(1 + i) % 7 for i in range(tokens)]
+    assert both.tokens == tokens + other.tokens
+    assert both.accepted == [a + b for a, b in zip(stats.accepted, other.accepted)]
+
+
+def test_tokens_per_forward_leaves_the_prefill_out():
+    _, stats = generate(counting_model(), [[0], [3]], 11)
+    assert stats.forwards == 4 and stats.tokens == 22 and stats.sequences == 2 and stats.tokens_per_forward == 5
+    assert stats.tokens_per_second == pytest.approx(20 / stats.seconds)
+    assert Stats().tokens_per_forward == Stats().tokens_per_second == 0
+
+
+def test_a_decoder_used_again_remembers_nothing():
+    model = make_model(3, 14, 3, seed=8)
+    first, second = [[0, 1, 2, 0, 1, 2, 0], [1]], [[2], [1, 0, 0]]
+    decoder = Decoder(model, 2, 14, 3)
+    run_decoder(decoder, first, 99)
+    got, stats = run_decoder(decoder, second, 99)
+    want, fresh = generate(model, second, 99)
+    assert got == want and replace(stats, seconds=0) == replace(fresh, seconds=0)
+
+
+def test_watch_sees_the_prefill_and_every_round_and_changes_nothing():
+    model, seen = make_model(3, 14, 2, seed=2), []
+    watched = generate(model, [[0], [1, 2]], 99, watch=lambda decoder: seen.append(decoder.n.tolist()))[0]
+    assert watched == generate(model, [[0], [1, 2]], 99)[0]
+    assert seen[0] == [1, 2] and seen[-1] == [13, 13] and all(sum(b) > sum(a) for a, b in zip(seen, seen[1:]))
+
+
+# ---- chance, by enumeration: every branch of the tree of outcomes is a row of one batch
+
+
+class Branches:
+    """stands in for decode.coin and decode.draw: row r takes branch r of all outcomes, weight[r] is its probability"""
+
+    def __init__(self, monkeypatch, rows):
+        self.rest, self.weight, self.branches = torch.arange(rows), torch.ones(rows), 1
+        monkeypatch.setattr(decode, "coin", self.coin)
+        monkeypatch.setattr(decode, "draw", self.draw)
+
+    def choose(self, law):
+        """law (rows, n) -> an outcome a row: the next digit of the row's number, in base n"""
+        n = law.size(1)
+        outcome, self.rest, self.branches = self.rest % n, self.rest // n, self.branches * n
+        factor = law.gather(1, outcome[:, None])[:, 0]
+        # an impossible branch stays impossible, even if a 0/0 follows
+        self.weight = torch.where(self.weight > 0, self.weight * factor, 0.0)
+        return outcome
+
+    def coin(self, prob, generator=None):
+        return torch.stack([self.choose(torch.stack((1 - p, p), 1)) for p in prob.clamp(0, 1).unbind(1)], 1).bool()
+
+    def draw(self, weights, generator=None):
+        laws = weights / weights.sum(-1, keepdim=True)
+        return self.choose(laws) if laws.dim() == 2 else torch.stack([self.choose(law) for law in laws.unbind(1)], 1)
+
+    def law(self, texts):
+        """texts, one a row -> how probable each is"""
+        assert self.branches == len(texts), "more or fewer random choices than this tree has branches for"
+        law = defaultdict(float)
+        for text, weight in zip(texts, self.weight.tolist()):
+            law[tuple(text)] += weight
+        assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+        return law
+
+
+def branches_of_a_round(rule, V, K):
+    return {"residual": V**K * 2**K * V, "point": 2**K * V, "match": V ** (K + 1)}[rule]
+
+
+def some_laws(kind, shape, gen):
+    """p and q, laws over the last dimension"""
+    p, q = ((torch.randn(shape, generator=gen) * 2).softmax(-1) for _ in range(2))
+    even = torch.arange(shape[-1]) % 2 == 0
+    if kind == "zeros":  # token 0 keeps both from being empty everywhere
+        p, q = (x * ((torch.rand(shape, generator=gen) < 0.5) | (torch.arange(shape[-1]) == 0)) for x in (p, q))
+    elif kind == "equal":
+        q = p * (torch.arange(shape[-1]) > 0)
+        p = q.clone()
+    elif kind == "disjoint":
+        p, q = p * even, q * ~even
+    elif kind.startswith("one-hot"):
+        p = torch.nn.functional.one_hot(p.argmax(-1), shape[-1]).double()
+        q = torch.nn.functional.one_hot(q.argmax(-1), shape[-1]).double() if kind == "one-hot" else q
+    return p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros", "equal", "disjoint", "one-hot", "one-hot p"])
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_emits_the_target_law_and_accepts_as_often_as_it_says(rule, kind, monkeypatch):
+    gen = torch.Generator().manual_seed(0)
+    for V, K in [(2, 1), (5, 1), (3, 2), (4, 2), (3, 3)] * 3:
+        # p_i and q_i, one law for each d_1 .. d_i: the target isn't independent from token to token
+        P, Q = zip(*(some_laws(kind, [V] * (i + 1), gen) for i in range(K + 1)))
+        rows = branches_of_a_round(rule, V, K)
+        tree, d, q = Branches(monkeypatch, rows), [], []
+        for i in range(K):
+            q.append(Q[i][tuple(d)].expand(rows, V))
+            d.append(tree.draw(q[i]) if rule == "residual" else q[i].argmax(-1))
+        p = torch.stack([P[i][tuple(d[:i])].expand(rows, V) for i in range(K + 1)], 1)
+        d = torch.stack(d, 1)
+        a, y = decode.RULES[rule](p, torch.stack(q, 1), d)
+        law = tree.law([[*drafts[:n], t] for drafts, n, t in zip(d.tolist(), a.tolist(), y.tolist())])
+        for i in range(K + 1):
+            for s in itertools.product(range(V), repeat=i):  # if s was emitted and the block goes on, then by P_i(s)
+                reached = sum(w for block, w in law.items() if len(block) > i and block[:i] == s)
+                for v in range(V):
+                    begins = sum(w for block, w in law.items() if block[: i + 1] == (*s, v))
+                    assert begins == pytest.approx(reached * float(P[i][s][v]), abs=1e-12), (V, K, s, v)
+                if i < K:
+                    on = sum(w for block, w in law.items() if len(block) > i + 1 and block[:i] == s)
+                    want = torch.minimum(P[i][s], Q[i][s]).sum() if rule == "residual" else P[i][s][Q[i][s].argmax()]
+                    assert on == pytest.approx(reached * float(want), abs=1e-12), (V, K, s)
+
+
+def test_a_refusal_that_only_rounding_can_cause_still_emits_a_possible_token(monkeypatch):
+    # p == q leaves no residual: 0/0, or token 0 from a draw among nothing
+    monkeypatch.setattr(decode, "coin", lambda prob, generator=None: torch.zeros_like(prob).bool())
+    p = torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(500, 2, 4)
+    a, y = decode.residual(p, p[:, :1], torch.ones(500, 1, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert a.eq(0).all() and set(y.tolist()) == {1, 2}
+
+
+def end_to_end(monkeypatch, rule, heads, new, top_k=None, stop=None, V=3):
+    """-> law of the texts by generate(), law of the texts by the main head's conditionals"""
+    model, prompt = make_model(V, 12, heads, seed=4), [1, 0]
+    rows = V * branches_of_a_round(rule, V, heads) ** (new - 1)
+    with monkeypatch.context() as patch:
+        tree = Branches(patch, rows)
+        texts, _ = generate(model, [prompt] * rows, new, temperature=0.7, top_k=top_k, accept=rule, stop_token=stop)
+    want = {(): 1.0}
+    for _ in range(new):
+        for text in [t for t in want if not t or t[-1] != stop]:
+            weight, logits = want.pop(text), model.all_logits(torch.tensor([[*prompt, *text]]))[0][0, -1]
+            want.update({(*text, v): weight * p for v, p in enumerate(law_of(logits, 0.7, top_k))})
+    return tree.law(texts), want
+
+
+def distance(a, b):
+    return max(abs(a.get(text, 0.0) - b.get(text, 0.0)) for text in {*a, *b})
+
+
+@pytest.mark.parametrize("heads", [0, 1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_law_of_a_whole_continuation_is_the_main_heads(rule, heads, monkeypatch):
+    # 3 tokens: the prefill's, and 1 or 2 rounds, of which the last is often cut; 2 tokens or V = 2 where 3 takes long
+    slow = {"new": 2} if (rule, heads) == ("residual", 2) else {}
+    for case in [{}, {"top_k": 2}, {"stop": 1}, {"top_k": 1}, {"V": 4, "new": 2}, {"V": 2, "new": 3}]:
+        got, want = end_to_end(monkeypatch, rule, heads, **{"new": 3, **slow, **case})
+        assert distance(got, want) < 1e-10, case
+
+
+def accepts_by_q(p, q, d, generator=None):
+    a = decode.leading(decode.coin(q.gather(-1, d.unsqueeze(-1)).squeeze(-1)))
+    rest = torch.cat(((p[:, :-1] - q).clamp_min(0), p[:, -1:]), 1)
+    return a, decode.draw(decode.pick(rest, a))
+
+
+def emits_from_p(p, q, d, generator=None):
+    pd, qd = (x.gather(-1, d.unsqueeze(-1)).squeeze(-1) for x in (p[:, :-1], q))
+    a = decode.leading(decode.coin(pd / qd))
+    return a, decode.draw(decode.pick(p, a))
+
+
+def emits_from_p_after_a_fixed_draft(p, q, d, generator=None):
+    a = decode.leading(decode.coin(p[:, :-1].gather(-1, d.unsqueeze(-1)).squeeze(-1)))
+    return a, decode.draw(decode.pick(p, a))
+
+
+@pytest.mark.parametrize("rule, wrong", [("residual", accepts_by_q), ("residual", emits_from_p),
+                                         ("point", emits_from_p_after_a_fixed_draft)])
+def test_negative_control_a_wrong_rule_is_caught(rule, wrong, monkeypatch):
+    monkeypatch.setitem(decode.RULES, rule, wrong)
+    monkeypatch.setattr(decode, rule, wrong)     # draft() asks which rule it is, to know whether to draw
+    for heads in (1, 2):
+        got, want = end_to_end(monkeypatch, rule, heads, new=2)
+        assert distance(got, want) > 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_p_and_q_are_made_by_one_function_with_one_temperature_and_top_k(rule, monkeypatch):
+    calls = []
+
+    def spy(logits, *args):
+        calls.append((*logits.shape, *args))
+        return probabilities(logits, *args)
+    monkeypatch.setattr(decode, "probabilities", spy)
+    generate(make_model(4, 12, 2), [[0], [1]], 2, temperature=0.6, top_k=3, accept=rule)
+    drafts = [(2, 4, 0.6, 3)] * 2 if rule == "residual" else []
+    assert calls == [(2, 4, 0.6, 3), *drafts, (2, 3, 4, 0.6, 3)]  # prefill, the drafts that want a law, verify
+
+
+def test_probabilities():
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * 3
+    for temperature, top_k in itertools.product([0.3, 1.0, 2.5], [None, 1, 2, 5, 6]):
+        for row, p in zip(logits, probabilities(logits, temperature, top_k).tolist()):
+            assert p == pytest.approx(law_of(row, temperature, top_k), abs=1e-14)
+    assert torch.equal(probabilities(logits, 0.7, 6), probabilities(logits, 0.7))
+    assert torch.equal(probabilities(logits, 0), torch.nn.functional.one_hot(logits.argmax(-1), 6).double())
+    assert probabilities(logits.bfloat16(), 1.0).dtype == torch.float32
+
+
+# ---- chance, for real: a chi-square that a right program fails with probability below 1e-6; the seeds are fixed
+
+
+def tail(x, df):
+    """P(chi-square with an even number df of degrees of freedom > x)"""
+    return math.exp(-x / 2) * sum((x / 2) ** i / math.factorial(i) for i in range(df // 2))
+
+
+def chi_square(counts, law):
+    """counts and probabilities by outcome -> how likely so large a deviation is"""
+    assert all(law[k] > 0 for k in counts), "an impossible outcome"
+    N, cells = counts.total(), [k for k in law if law[k]]
+    return tail(sum((counts[k] - N * law[k]) ** 2 / (N * law[k]) for k in cells), len(cells) - 1)
+
+
+def test_draw_and_coin_follow_their_weights():
+    gen, weights = torch.Generator().manual_seed(0), torch.tensor([0.5, 0.0, 3.0, 1.5, 0.0, 1.0, 2.0])
+    drawn = Counter(decode.draw(weights.expand(100_000, 7), gen).tolist())
+    assert chi_square(drawn, dict(enumerate((weights / weights.sum()).tolist()))) > 1e-6    # 5 cells, 0 never
+    small = torch.tensor([0.2, 0.3, 0.5])                   # one call after the other: who reseeds draws the same twice
+    pairs = Counter(zip(*(decode.draw(small.expand(50_000, 3), gen).tolist() for _ in range(2))))
+    assert chi_square(pairs, {(a, b): float(small[a] * small[b]) for a in range(3) for b in range(3)}) > 1e-6
+    prob = torch.tensor([0.1, 0.4, 0.8, 0.97])
+    heads = decode.coin(prob.expand(50_000, 4), gen).double().sum(0)
+    assert tail(float(((heads - 50_000 * prob) ** 2 / (50_000 * prob * (1 - prob))).sum()), 4) > 1e-6
+    sure = decode.coin(torch.tensor([0.0, 1.0, 7.0]).expand(50_000, 3), gen)
+    assert not sure[:, 0].any() and sure[:, 1:].all()
+    assert decode.draw(torch.tensor([[0.0, 1e-300, 0.0]]).expand(1000, 3), gen).eq(1).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_texts_with_true_randomness_follow_the_law_and_the_seed(rule, monkeypatch):
+    _, want = end_to_end(monkeypatch, "match", 2, new=3)
+    model = make_model(3, 12, 2, seed=4)
+
+    def texts(seed):
+        gen = torch.Generator().manual_seed(seed)
+        return generate(model, [[1, 0]] * 2000, 3, temperature=0.7, accept=rule, generator=gen)[0]
+    first = texts(1)
+    assert first == texts(1) != texts(2)
+    assert chi_square(Counter(map(tuple, first)), want) > 1e-6      # 27 cells
+
+
+# ---- acceptance
+
+
+@pytest.mark.parametrize("K", [0, 1, 3, 6])
+def test_acceptance_equals_a_loop_over_positions(K):
+    model, gen = make_model(2, 16, K, seed=K), torch.Generator().manual_seed(K)
+    tokens = torch.randint(2, (6, 15), generator=gen)       # not what the main head would say: only its choices count
+    choices = [logits.argmax(-1) for logits in model.all_logits(tokens)]
+    assert (choices[0][:, :-1] != tokens[:, 1:]).any()
+    reached, accepted, lengths = [0] * K, [0] * K, []
+    for b in range(6):
+        for i in range(15 - K):
+            length = 0
+            for k in range(1, K + 1):
+                reached[k - 1] += 1
+                if choices[k][b, i] != choices[0][b, i + k]:
+                    break
+                accepted[k - 1] += 1
+                length = k
+            lengths.append(length)
+    assert accepted_lengths(choices).flatten().tolist() == lengths
+    for _ in range(2):                                      # the second call starts from zero again
+        ar, car = acceptance(model, tokens)
+        assert ar == pytest.approx([a / r if r else 0 for a, r in zip(accepted, reached)])
+        assert car == pytest.approx([a / len(lengths) for a in accepted])
+        assert car == pytest.approx([math.prod(ar[: k + 1]) for k in range(K)])
+
+
+def test_acceptance_of_a_handmade_example():
+    main = torch.tensor([[5, 6, 7, 8, 9]])                  # choices for targets 1 .. 5
+    head1 = torch.tensor([[6, 7, 0, 9]])                    # for targets 2 .. 5: wrong at position 2
+    head2 = torch.tensor([[7, 0, 9]])                       # for targets 3 .. 5: wrong at 1; right at 2, but too late
+    assert accepted_lengths([main, head1, head2]).tolist() == [[2, 1, 0]]
+    assert acceptance(counting_model(), torch.arange(28).view(2, 14) % 7) == ([1.0] * 4, [1.0] * 4)
+    assert rates([1, 1, 1]) == ([2 / 3, 1 / 2], [2 / 3, 1 / 3])
+    assert rates([4, 0, 0]) == ([0.0, 0.0], [0.0, 0.0]) and rates([0, 0]) == ([0.0], [0.0]) and rates([3]) == ([], [])
+
+
+# ---- requests
+
+
+@pytest.mark.parametrize("prompts, changes, found", [
+    ([], {}, "prompt is empty"), ([[1], []], {}, "prompt is empty; give at least one token"),
+    ([[0] * 12], {}, "12 tokens; the context takes 12.*shorter"), ([[1], [0] * 13], {}, "13 tokens"),
+    ([[0, 5]], {}, r"id 5.*vocabulary is 0 \.\. 4.*tokenizer"), ([[0], [-1]], {}, "id -1"),
+    ([[0]], {"max_new_tokens": 0}, "max_new_tokens is 0.*at least 1"),
+    ([[0]], {"max_new_tokens": -3}, "max_new_tokens is -3"),
+    ([[0]], {"heads": 4}, "heads is 4.*has 3 MTP heads.*0 .*to 3"), ([[0]], {"heads": -1}, "heads is -1"),
+    ([[0]], {"temperature": -0.1}, "temperature is -0.1.*0 .greedy. or more"),
+    ([[0]], {"temperature": math.nan}, "temperature is nan"),
+    ([[0]], {"top_k": 0}, "top_k is 0.*from 1 to 5"), ([[0]], {"top_k": 6}, "top_k is 6.*from 1 to 5"),
+    ([[0]], {"accept": "greedy"}, "accept rule 'greedy'.*residual, point, match"),
+])
+def test_a_bad_request_says_what_was_found_and_what_to_do(prompts, changes, found):
+    model = make_model().train()
+    with pytest.raises(ValueError, match=found):
+        generate(model, prompts, **{"max_new_tokens": 3, **changes})
+    assert model.training
+
+
+def test_requests_at_the_edge():
+    model = make_model(vocab=5, block=12, K=3)
+
+    def text(**options):
+        return generate(model, [[1], [2, 3]], 99, generator=torch.Generator().manual_seed(3), **options)[0]
+    assert [len(t) for t in text()] == [11, 10]             # up to the end of the context
+    assert generate(model, [[0] * 11], 5)[0] == plain(model, [[0] * 11], 5)
+    assert text(temperature=0.9, top_k=5) == text(temperature=0.9) != text()
+    for rule in RULES:                                      # greedy: the rules are one, and nothing is divided by 0
+        assert text(accept=rule) == text(accept=rule, temperature=0.8, top_k=1) == text(heads=0) == text()
+    bare = copy(model, n_mtp=0)                             # a checkpoint without heads decodes plainly
+    assert generate(bare, [[1], [2, 3]], 99)[0] == text()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generate_decodes_in_eval_mode_and_leaves_the_mode_as_it_was(training):
+    model = make_model(K=2)
+    want, model.blocks[0].drop.p = generate(model, [[1]], 9)[0], 0.9
+    assert generate(model.train(training), [[1]], 9)[0] == want
+    assert model.training is training and model.blocks[0].drop.training is training
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graphs_equal_the_eager_cpu():
+    prompts = [[0, 1, 2], [5], [0, 1, 1, 0, 1, 0]]
+    models = counting_model(), counting_model(noise=0.1), make_model(2, 24, 4)
+    for model, stop in itertools.product(models, (None, 1)):
+        prompt = [[t % model.config.vocab_size for t in p] for p in prompts]
+        for heads in range(5):
+            want, stats = generate(model, prompt, 99, heads=heads, stop_token=stop)
+            got, fast = generate(copy(model).cuda(), prompt, 99, heads=heads, stop_token=stop)
+            assert got == want and replace(fast, seconds=0) == replace(stats, seconds=0)
+        for rule in RULES:
+            texts = [generate(copy(model).cuda(), prompt, 9, temperature=1.0, accept=rule,
+                              generator=torch.Generator("cuda").manual_seed(seed))[0] for seed in (1, 1, 2)]
+            assert texts[0] == texts[1]
