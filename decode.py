@@ -23,7 +23,6 @@ Symbols: B batch, K heads used, V vocabulary, p target law (main head), q draft 
 import json
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -191,7 +190,7 @@ class Decoder:
         """fuse the small kernels of each block: most of the time of a GPU at batch 1 goes into launching them. The
         blocks are alike, so the first one's compilation serves all (start() runs them as they stand)"""
         import torch._inductor.config
-        torch._inductor.config.coordinate_descent_tuning = True             # tunes products of a matrix and a vector
+        torch._inductor.config.coordinate_descent_tuning = self.heads == 0  # it tunes products of a matrix and one vector
         torch._dynamo.config.recompile_limit = 64                           # a block is compiled for each number of rows
         for part in [*self.model.blocks, *self.model.heads]:
             if part._compiled_call_impl is None:
@@ -359,3 +358,273 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     new = [decoder.buffer[b, len(p) : int(decoder.n[b]) + 1].tolist() for b, p in enumerate(prompts)]
     accepted = decoder.accepted.tolist()
     return new, Stats(sum(accepted), accepted, int(decoder.emitted.sum()), seconds, len(prompts))
+
+
+# -----------------------------------------------------------------------------
+# the command line: text, --trace, --check, --bench
+
+
+def knob(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DecodeConfig:
+    prompt: str = knob("\n", "text to continue")
+    prompts: str = knob("", "file of prompts for --check and --bench: a text file, one a line, or .jsonl with a text, prompt or question field")
+    data: str = knob("", "data-set folder whose validation text gives the prompts; empty: the one the checkpoint was trained on")
+    tokens: int = knob(200, "tokens to emit (--tokens)")
+    count: int = knob(8, "prompts for --check and --bench")
+    prompt_tokens: int = knob(64, "length of the prompts that are taken from validation text")
+    temperature: float = knob(0.8, "0 is greedy; --check is always greedy, --bench does 0 and 1")
+    top_k: int = knob(0, "draw among the k likeliest tokens only; 0: all")
+    heads: int = knob(-1, "MTP heads that draft; 0: plain decoding; -1: all")
+    accept: str = knob("residual", "residual | match | point")
+    batch: int = knob(1, "sequences decoded together in --bench")
+    seed: int = knob(1, "seed of the draws")
+    device: str = knob("auto", "cpu | cuda | mps")
+    dtype: str = knob("auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it")
+    compile: bool = knob(False, "fuse kernels first (CUDA): slower to start, faster to run")
+
+
+def load(path, cfg):
+    """-> (model on the device in its dtype, tokenizer, meta)"""
+    from data.prepare import Tokenizer
+    from train import load_checkpoint, pick_device, pick_dtype
+
+    device = pick_device(cfg.device)
+    model, meta = load_checkpoint(path, device)
+    return model.to(pick_dtype(cfg.dtype, device)[0]), Tokenizer(meta["tokenizer"]), meta
+
+
+def read_prompts(cfg, tokenizer, meta, model):
+    """prompts as lists of ids: from --prompts, or non-overlapping pieces of the validation text, spread evenly"""
+    room = max(1, model.config.block_size - cfg.tokens)
+    if cfg.prompts:
+        lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
+        if cfg.prompts.endswith(".jsonl"):
+            rows = [json.loads(line) for line in lines if line.strip()]
+            lines = [next((str(row[k]) for k in ("text", "prompt", "question") if k in row), "") for row in rows]
+        prompts = [ids for ids in (tokenizer.encode(line)[:room] for line in lines) if ids]
+        if not prompts:
+            raise ValueError(f"{cfg.prompts} holds no prompt; expected lines of text, or .jsonl with a text, prompt or question field")
+        return prompts[: cfg.count]
+    from train import TrainConfig, open_data
+
+    train_cfg = TrainConfig(**{**meta["train_config"], **({"data": cfg.data, "tokenizer": ""} if cfg.data else {})})
+    _, val, data_meta = open_data(train_cfg)
+    if data_meta["tokenizer"] != meta["tokenizer"]:
+        raise ValueError(f"{train_cfg.data} was made with another tokenizer than the checkpoint: pass --data or --prompts")
+    n = min(cfg.prompt_tokens, room, len(val) // 2)
+    return [val[s : s + n].tolist() for s in torch.linspace(0, len(val) - n - 1, cfg.count).long().tolist()]
+
+
+def loops(ids):
+    """whether a continuation ends in a piece repeated three times or more, over at least 12 tokens: in such a text every
+    draft is accepted, and its speed says nothing"""
+    return any(ids[-p:] == ids[-2 * p : -p] == ids[-3 * p : -2 * p] for p in range(4, len(ids) // 3 + 1)) or (
+        len(ids) >= 12 and any(ids[-12:] == ids[-p:] * (12 // p) for p in (1, 2, 3)))
+
+
+COLOURS = ["\033[0m", "\033[32m", "\033[36m", "\033[34m", "\033[35m", "\033[33m", "\033[92m", "\033[96m", "\033[94m", "\033[95m"]
+REFUSED, END = "\033[9;31m", "\033[0m"
+
+
+def print_stream(model, tokenizer, prompt, cfg, trace, top_k, generator):
+    """decode one prompt and print its text as it comes; with trace, say which head guessed each token"""
+    colour = sys.stdout.isatty()
+    paint = (lambda code, text: code + text + END) if colour else (lambda code, text: text)
+    state = {"n": None, "text": ""}
+
+    def watch(decoder):
+        before, state["n"] = state["n"], int(decoder.n[0])
+        ids = decoder.buffer[0, len(prompt) : state["n"] + 1].tolist()
+        if not trace:
+            text = tokenizer.decode(ids).rstrip("\ufffd")               # half a character waits for its other half
+            print(text[len(state["text"]) :], end="", flush=True)
+            state["text"] = text
+        elif before is None:
+            print(paint(COLOURS[0], repr(tokenizer.decode(ids))[1:-1]), "  <- prefill (main head)")
+        else:
+            drafts = decoder.drafts[0].tolist()
+            new = ids[before + 1 - len(prompt) :]
+            guessed = leading((torch.tensor(new[: len(drafts)]) == torch.tensor(drafts[: len(new)]))[None]).item()
+            words = [paint(COLOURS[min(i + 1, 9)] if i < guessed else COLOURS[0], repr(tokenizer.decode([t]))[1:-1])
+                     + ("" if colour else f"|{i + 1 if i < guessed else 'main'}") for i, t in enumerate(new)]
+            refused = [paint(REFUSED, repr(tokenizer.decode([t]))[1:-1]) + ("" if colour else "|refused") for t in drafts[len(new) - 1 :]
+                       ] if guessed < len(drafts) and guessed < len(new) else []
+            print("  ".join(words + refused))
+
+    if trace:
+        print("a line a round: " + "  ".join(paint(COLOURS[min(k, 9)], f"head {k}" if k else "main head") for k in range(model.config.n_mtp + 1))
+              + "  " + paint(REFUSED, "refused"))
+    else:
+        print(tokenizer.decode(prompt), end="", flush=True)
+    heads = None if cfg.heads < 0 else cfg.heads
+    (ids,), stats = generate(model, [prompt], cfg.tokens, heads=heads, temperature=cfg.temperature, top_k=top_k, accept=cfg.accept,
+                             generator=generator, compile=cfg.compile, watch=watch)
+    if trace:
+        print("\n" + tokenizer.decode(prompt + ids))
+    print(f"\n--- {stats.tokens} tokens in {stats.forwards} forwards of the main model ({stats.tokens_per_forward:.2f} each), "
+          f"{stats.tokens_per_second:.0f} tokens/s; drafts accepted 0..K: {stats.accepted}")
+    return dict(text=tokenizer.decode(ids), ids=ids, **asdict(stats))
+
+
+@torch.no_grad()
+def check(model, tokenizer, prompts, cfg):
+    """greedy, with and without heads -> how many continuations agree; at the first difference, how near the tie was"""
+    heads, same, rows = None if cfg.heads < 0 else cfg.heads, 0, []
+    for prompt in prompts:
+        (a,), _ = generate(model, [prompt], cfg.tokens, heads=0)
+        (b,), stats = generate(model, [prompt], cfg.tokens, heads=heads)
+        if a == b:
+            same += 1
+            continue
+        at = next(i for i in range(len(a)) if a[i] != b[i])
+        logits = model.all_logits(torch.tensor([prompt + a[:at]], device=model.weight.device))[0][0, -1].float()
+        first, second = logits.topk(2).values.tolist()
+        step = first * torch.finfo(model.weight.dtype).eps if first else 0.0
+        rows.append(dict(prompt=len(rows) + same, at=at, gap=first - second, rounding=abs(step)))
+        print(f"prompt {rows[-1]['prompt']} differs at token {at}: {tokenizer.decode([a[at]])!r} or {tokenizer.decode([b[at]])!r}. The main head's two "
+              f"best logits are {first - second:.4g} apart; one rounding step at their size is {abs(step):.4g}"
+              + (": a near-tie (README.md, 'Is the text really identical?')" if first - second <= 4 * abs(step) else ""))
+    print(f"{same} of {len(prompts)} greedy continuations are identical to plain decoding, token by token ({str(model.weight.dtype)[6:]})")
+    return dict(same=same, prompts=len(prompts), differences=rows)
+
+
+def median(values):
+    values = sorted(values)
+    return values[len(values) // 2] if values else 0.0
+
+
+@torch.no_grad()
+def milliseconds(function, device, repeats=20):
+    """median time of one call; on CUDA, of one replay of its graph"""
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return median(times)
+
+
+@torch.no_grad()
+def bench(model, prompts, cfg, temperature, baseline=None):
+    """
+    plain decoding and 1 .. K heads on the same prompts, one after the other for each prompt -> rows (dicts), by heads:
+
+    tokens_per_forward, tokens_per_s   medians over prompts;  speedup  median over prompts of the ratio to plain decoding
+    ar, car   teacher-forced, on the plain continuations (the text that is being decoded)
+    predicted tokens per forward from car, and speedup from it and the times of one plain step, one draft, one verify
+    over_one  against one head of the first checkpoint (the paper's baseline);  gb_per_s  weights read once a forward
+    """
+    device, K = model.weight.device, model.config.n_mtp
+    length = min(model.config.block_size, max(map(len, prompts)) + cfg.tokens)
+    counts = [cfg.heads] if cfg.heads > 0 else [k for k in range(1, K + 1) if k <= 4 or k & (k - 1) == 0] if cfg.heads < 0 else []
+    groups = [prompts[i : i + cfg.batch] for i in range(0, len(prompts) - cfg.batch + 1, cfg.batch)]
+    if not groups:
+        raise ValueError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)} (--count)")
+    generator = torch.Generator(device=device).manual_seed(cfg.seed)
+    decoders = {k: Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator, cfg.compile) for k in [0, *counts]}
+    runs, plain = {k: [] for k in decoders}, []
+    for decoder in decoders.values():
+        run_decoder(decoder, groups[0], min(16, cfg.tokens))            # warm up
+    for group in groups:
+        texts = {k: run_decoder(decoder, group, cfg.tokens) for k, decoder in decoders.items()}
+        looping = any(loops(ids) for ids in texts[0][0])
+        plain += [prompt + ids for prompt, ids in zip(group, texts[0][0])]
+        for k, (_, stats) in texts.items():
+            runs[k].append((stats, looping))
+    good = [i for i, (_, looping) in enumerate(runs[0]) if not looping] or range(len(groups))
+    lengths = [accepted_lengths([x.argmax(-1) for x in model.all_logits(torch.tensor([ids[:-1]], device=device))])[0, len(p) - 1 :]
+               for ids, p in zip(plain, prompts) if len(ids) > K + len(p)] if K else []
+    ar, car = rates(torch.bincount(torch.cat(lengths), minlength=K + 1).tolist()) if lengths else ([], [])
+    weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
+    rows, step = [], {}
+    for k, decoder in decoders.items():
+        decoder.start(groups[0], cfg.tokens)
+        whole = milliseconds(decoder.step, device)
+        draft = verify = whole
+        if k:
+            draft_step = decoder.capture(decoder.draft) if device.type == "cuda" else decoder.draft
+            decoder.start(groups[0], cfg.tokens)
+            draft = milliseconds(draft_step, device)
+            verify = whole - draft
+        step[k] = whole
+        tpf = median([runs[k][i][0].tokens_per_forward for i in good])
+        tps = median([runs[k][i][0].tokens_per_second for i in good])
+        speedup = median([runs[k][i][0].tokens_per_second / runs[0][i][0].tokens_per_second for i in good])
+        expected = 1 + sum(car[:k])
+        rows.append(dict(heads=k, temperature=temperature, tokens_per_forward=tpf, tokens_per_s=tps, speedup=speedup, ms_round=whole,
+                         ms_draft=draft if k else 0.0, ms_verify=verify, ar=ar[k - 1] if k else None, car=car[k - 1] if k else None,
+                         predicted_tokens_per_forward=expected, predicted_speedup=expected * step[0] / whole,
+                         model_speedup=tpf * step[0] / whole, gb_per_s=weights / whole / 1e6,
+                         prompts=len(groups) * cfg.batch, looping=sum(looping for _, looping in runs[0]), batch=cfg.batch))
+    one = baseline or next((row["tokens_per_s"] for row in rows if row["heads"] == 1), None)
+    for row in rows:
+        row["over_one"] = row["tokens_per_s"] / one if one else None
+    return rows
+
+
+def print_bench(name, rows):
+    print(f"\n{name}, temperature {rows[0]['temperature']}, batch {rows[0]['batch']}: {rows[0]['prompts']} prompts, {rows[0]['looping']} groups whose plain "
+          "continuation ends in a loop are left out of the medians" + (" (all loop: speeds say little)" if rows[0]["looping"] * rows[0]["batch"] >= rows[0]["prompts"] else ""))
+    print(f"{'heads':>5} {'AR':>6} {'CAR':>6} {'tok/fwd':>8} {'expected':>9} {'tok/s':>9} {'x plain':>8} {'predicted':>10} {'x 1 head':>9} "
+          f"{'ms/round':>9} {'draft':>7} {'GB/s':>6}")
+    for r in rows:
+        part = [f"{r[k]:6.3f}" if r[k] is not None else f"{'':6}" for k in ("ar", "car")]
+        print(f"{r['heads']:>5} {part[0]} {part[1]} {r['tokens_per_forward']:8.2f} {r['predicted_tokens_per_forward']:9.2f} {r['tokens_per_s']:9.1f} "
+              f"{r['speedup']:8.2f} {r['predicted_speedup']:10.2f} {r['over_one'] or 0:9.2f} {r['ms_round']:9.3f} {r['ms_draft']:7.3f} {r['gb_per_s']:6.1f}")
+
+
+def main():
+    from train import parse
+
+    given, rest = parse(DecodeConfig, __doc__, [
+        ("checkpoints", dict(nargs="+", metavar="CKPT", help="checkpoints of train.py or extend.py; --bench takes several, the first is the baseline")),
+        ("--trace", dict(action="store_true", help="a line a round: which head guessed each token, and what was refused")),
+        ("--check", dict(action="store_true", help="compare with plain decoding, greedily, token by token")),
+        ("--bench", dict(action="store_true", help="time plain decoding and 1 .. K heads")),
+        ("--json", dict(action="store_true", help="print the results as one JSON document on the last line"))])
+    cfg = DecodeConfig(**given)
+    models = [(path, *load(path, cfg)) for path in rest["checkpoints"]]
+    path, model, tokenizer, meta = models[0]
+    other = next((p for p, _, t, _ in models if t.spec != tokenizer.spec), None)
+    if other:
+        raise ValueError(f"{path} and {other} have different tokenizers, so that their tokens per second can't be compared")
+    if len(models) > 1 and not rest["bench"]:
+        raise ValueError("several checkpoints only make sense with --bench")
+    for p, m, _, _ in models:
+        if m.config.n_mtp == 0:
+            print(f"{p} has no MTP heads: decoding plainly, one token a forward")
+        check_request(m, [[0]], cfg.tokens, max(0, cfg.heads), cfg.temperature, cfg.top_k or None, cfg.accept)
+    if cfg.top_k < 0:
+        raise ValueError(f"--top_k is {cfg.top_k}; it must be 0 (all) or more")
+    if rest["check"]:
+        result = check(model, tokenizer, read_prompts(cfg, tokenizer, meta, model), cfg)
+    elif rest["bench"]:
+        result, prompts, baseline = [], read_prompts(cfg, tokenizer, meta, model), {}
+        for path, model, _, _ in models:
+            for temperature in (0.0, 1.0):
+                rows = bench(model, prompts, cfg, temperature, baseline.get(temperature))
+                baseline.setdefault(temperature, next((r["tokens_per_s"] for r in rows if r["heads"] == 1), None))
+                print_bench(path, rows)
+                result += [dict(checkpoint=str(path), **row) for row in rows]
+    else:
+        prompt = tokenizer.encode(cfg.prompt)
+        if not prompt:
+            raise ValueError("--prompt is empty; give at least one character")
+        generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
+        result = print_stream(model, tokenizer, prompt, cfg, rest["trace"], cfg.top_k or None, generator)
+    if rest["json"]:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    from train import run
+
+    run(main)

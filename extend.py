@@ -81,8 +81,9 @@ def extension_config(meta, model, given, m):
                               kl_start=0.0, kl_ramp=0.0)       # the teacher is trained and frozen: learn from it at once
     alpha, beta = train.weights(cfg)
     cfg.n_mtp = model.config.n_mtp
-    # the new heads weigh what the last one did; the frozen ones nothing
-    cfg.alpha, cfg.beta = (",".join(str(w[-1] if k >= m else 0.0) for k in range(cfg.n_mtp)) for w in (alpha, beta))
+    # the new heads weigh what the last trained one did; the frozen ones nothing
+    cfg.alpha, cfg.beta = (",".join(str(next((x for x in reversed(w) if x), 0.0) if k >= m else 0.0) for k in range(cfg.n_mtp))
+                           for w in (alpha, beta))
     return train.check(cfg)
 
 
@@ -123,7 +124,8 @@ def main():
         m, flags = model.config.n_mtp, ExtendConfig(**given)
         model = loop_heads(model, flags.heads or 2 * m)
         n = model.config.n_mtp
-        given["out"] = flags.out or str(path.parent.with_name(f"{path.parent.name}-{n}"))
+        folder = path.parent if path.parent.name else path.resolve().parent
+        given["out"] = flags.out or str(folder.with_name(f"{folder.name}-{n}"))
         cfg, state, first, start = extension_config(meta, model, given, m), None, 0, 0
         new = list(range(m, n))
         sources = meta.get("extension", {}).get("copied_from", [0] * m)
@@ -144,7 +146,7 @@ def main():
         freeze_all_but(model, heads)
         if cfg.steps > start:
             after = train.fit(model, stage_config(cfg, heads), data, val, data_meta, start, state,
-                              extra={"extension": {**plan, "stage": stage}})
+                              extra={"extension": {**plan, "stage": stage}}, append=stage > 0)
         state, start = None, 0
     if cfg.steps == 0:
         train.save_checkpoint(Path(cfg.out) / "ckpt.pt", model, tokenizer=meta["tokenizer"], step=0, train_config=dataclasses.asdict(cfg),

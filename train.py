@@ -15,6 +15,7 @@ Ends with a table (per head: loss, acceptance) and a sample drawn by speculative
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import decode
 import distill
-from data.prepare import Tokenizer, load_dataset, prepare
+from data.prepare import DEFAULT_TOKENIZER, PATH_TOKENIZER, Tokenizer, load_dataset, prepare
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -121,6 +122,8 @@ def make_config(given):
     if "data" in given and "tokenizer" not in given:
         cfg.tokenizer = ""                                     # the preset's vocabulary was chosen for the preset's text
     cfg.out = cfg.out or f"out/{preset}"
+    if cfg.steps < 1:
+        raise ValueError(f"--steps is {cfg.steps}; it must be at least 1")
     return check(cfg)
 
 
@@ -156,9 +159,10 @@ def weights(cfg):
 
 
 def pick_device(name):
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    there = [d for d, ok in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if ok]
+    if name not in ("auto", *there):
+        raise ValueError(f"--device is {name!r}; this machine has {', '.join(there)} (or auto)")
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def pick_dtype(name, device):
@@ -185,7 +189,7 @@ def compile_model(model, mode, tokens):
         distill.compile_kernels()
         distill.mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:])[0].backward()
     except Exception as error:  # no compiler, no Triton, an old GPU: the reasons are many and none of them is fatal
-        print(f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0][:100]}); going on without it")
+        print(f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).splitlines()[:1])[:100]}); going on without it")
         for part in [model, *model.blocks, *model.heads]:
             part._compiled_call_impl = None
         distill.compile_kernels(False)
@@ -196,14 +200,26 @@ def compile_model(model, mode, tokens):
 # data
 
 
+def data_folder(cfg):
+    """where the prepared data set of --data is, or will be: a folder of one's own text is named after its files as they
+    are now, so that a changed text is prepared anew"""
+    path = Path(cfg.data)
+    if (path / "meta.json").exists() or (path / "train.bin").exists():
+        return path
+    name = cfg.data
+    if path.exists() and cfg.data not in DEFAULT_TOKENIZER:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        stamps = "".join(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
+        name = f"{path.name.split('.')[0]}-{hashlib.sha256(stamps.encode()).hexdigest()[:8]}"
+    tokenizer = cfg.tokenizer or DEFAULT_TOKENIZER.get(cfg.data, PATH_TOKENIZER)
+    return Path(__file__).parent / "data" / f"{name}-{tokenizer}".replace(":", "")
+
+
 def open_data(cfg):
     """the data set of --data, prepared first if need be -> (train ids, val ids, meta)"""
-    folder = Path(cfg.data)
-    if not (folder / "meta.json").exists() and not (folder.is_dir() and (folder / "train.bin").exists()):
-        name = f"{folder.name.split('.')[0] if folder.exists() else cfg.data}-{cfg.tokenizer}".replace(":", "")
-        folder = Path(__file__).parent / "data" / name
-        if not (cfg.tokenizer and (folder / "meta.json").exists()):
-            folder = prepare(cfg.data, cfg.tokenizer or None)
+    folder = data_folder(cfg)
+    if folder != Path(cfg.data) and not (folder / "meta.json").exists():
+        prepare(cfg.data, cfg.tokenizer or None, folder)
     train, val, meta = load_dataset(folder)
     for name, ids in (("training", train), ("validation", val)):
         if len(ids) < cfg.block_size + 1:
@@ -252,6 +268,7 @@ def evaluate(model, val, cfg, device, dtype):
         with autocast(device, dtype):
             hidden = model(tokens[:, :-1])
             choices = []
+            teacher = None
             for k in range(K + 1):
                 logits, target = hidden[k] @ W.T.to(hidden[k].dtype), tokens[:, k + 1 :]
                 teacher = logits if k == 0 else teacher
@@ -281,7 +298,7 @@ def save_checkpoint(path, model, **meta):
     try:
         torch.save({"format": "mtp-d-1", "config": dataclasses.asdict(model.config), "model": model.state_dict(), **meta}, part)
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:                   # torch raises RuntimeError when the disk is full
         raise OSError(f"could not write {path} ({error}); what was there before is untouched: free some space") from None
     finally:
         part.unlink(missing_ok=True)
@@ -353,10 +370,10 @@ def micro_step(net, model, cfg, tokens, ramp, share):
     return torch.cat((loss.detach()[None], ce, kl)) * share
 
 
-def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, quiet=False):
+def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=False, quiet=False):
     """
     train `model` (on its device) for cfg.steps steps; only what requires a gradient moves (extend.py freezes the rest)
-    start, state: the step and the checkpoint to go on from;  extra: more entries for the checkpoint
+    start, state: the step and the checkpoint to go on from;  extra: more entries for the checkpoint;  append: to an existing log
     -> the last evaluation (see evaluate)
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -379,7 +396,7 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, quiet=Fal
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
 
-    log = Log(cfg, meta, model, start) if rank == 0 else None
+    log = Log(cfg, meta, model, start, append) if rank == 0 else None
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0 or quiet, desc="training", unit="step")
     train_mode(model)
     pending, clock, last = [], time.perf_counter(), None
@@ -403,9 +420,7 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, quiet=Fal
         recent = torch.stack(pending)                          # the only place where the host waits for the device
         if not recent[:, 0].isfinite().all():
             bad = done - len(pending) + int((~recent[:, 0].isfinite()).nonzero()[0])
-            raise FloatingPointError(f"the loss became {recent[bad - done, 0].item()} at step {bad} (learning rate "
-                                     f"{lr_at(cfg, bad):.2e}); {cfg.out}/ckpt.pt, if there, is the last good state. Try a lower "
-                                     "--lr, a longer --warmup, --clip 1, or --dtype float32")
+            raise FloatingPointError(diverged(cfg, "loss", recent[bad - done, 0].item(), bad))
         row, K = recent.mean(0).tolist(), model.config.n_mtp
         seconds, clock = (time.perf_counter() - clock) / len(pending), time.perf_counter()
         log.write(step=done, loss=row[0], ce=row[1 : K + 2], kl=row[K + 2 :], lr=lr_at(cfg, step), ms=1000 * seconds)
@@ -413,6 +428,8 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, quiet=Fal
         bar.set_postfix(loss=f"{row[1]:.3f}", tok_s=f"{cfg.batch_size * cfg.block_size / seconds:.0f}")
         if done % cfg.eval_every == 0 or done == cfg.steps:
             last = evaluate(model, val, cfg, device, dtype)
+            if not (all(map(math.isfinite, last["loss"])) and all(p.isfinite().all() for p in model.parameters())):
+                raise FloatingPointError(diverged(cfg, "validation loss", last["loss"][0], done))
             best = min(best, last["loss"][0])
             log.write(step=done, val=last)
             rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}
@@ -425,13 +442,18 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, quiet=Fal
     return last
 
 
+def diverged(cfg, what, value, step):
+    return (f"the {what} became {value} at step {step} (learning rate {lr_at(cfg, step):.2e}); {cfg.out}/ckpt.pt, if there, is the last "
+            "good state. Try a lower --lr, a longer --warmup, --clip 1, or --dtype float32")
+
+
 class Log:
     """log.jsonl: a header line that says what ran, then a row each time; rank 0 only"""
 
-    def __init__(self, cfg, meta, model, start):
+    def __init__(self, cfg, meta, model, start, append):
         path = Path(cfg.out) / "log.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a" if start else "w", encoding="utf-8")
+        self.file = open(path, "a" if start or append else "w", encoding="utf-8")
         device = torch.cuda.get_device_name() if model.weight.is_cuda else f"{model.weight.device.type}, {torch.get_num_threads()} threads"
         self.write(config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config), parameters=model.count_parameters(),
                    start=start, commit=git_commit(), torch=torch.__version__, device=device, data_sha256=meta["sha256"])
@@ -468,7 +490,9 @@ def table(result, meta):
 def sample(model, val, meta, tokens=160, temperature=0.8, seed=1):
     """continue the beginning of the validation text by speculative decoding -> text to print"""
     tokenizer = Tokenizer(meta["tokenizer"])
-    prompt = [int(t) for t in val[: min(32, model.config.block_size // 4)]]
+    if model.config.block_size < 2:
+        return "(a context of one token leaves no room for a sample)"
+    prompt = [int(t) for t in val[: min(32, max(1, model.config.block_size // 4))]]
     tokens = min(tokens, model.config.block_size - len(prompt))
     generator = torch.Generator(device=model.weight.device).manual_seed(seed)
     (ids,), stats = decode.generate(model, [prompt], tokens, temperature=temperature, top_k=min(50, model.config.vocab_size), generator=generator)
@@ -479,36 +503,40 @@ def sample(model, val, meta, tokens=160, temperature=0.8, seed=1):
 BENCH = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]       # K, beta, N
 
 
-def bench(cfg, device, dtype, steps=20, combos=BENCH):
-    """median time and peak memory of a training step on random tokens, for several K, without and with the KL"""
+def time_steps(model, cfg, device, dtype, steps=20):
+    """median time and peak memory of a training step of `model` on random tokens -> dict"""
+    B, V = cfg.micro_batch or cfg.batch_size, model.config.vocab_size
+    tokens = torch.randint(V, (steps + 5, B, cfg.block_size + 1), device=device)
+    optimizer, times = make_optimizer(model, cfg), []
+    if device.type == "cuda" and cfg.compile != "off":
+        torch._dynamo.reset()
+        with autocast(device, dtype):
+            compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens[0])
+    for step in range(steps + 5):
+        if step == 5 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = now(device)
+        with autocast(device, dtype):
+            micro_step(model, model, cfg, tokens[step], 1.0, 1.0)
+        clip_gradients(model, cfg)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(now(device) - begin)
+    ms = 1000 * sorted(times[5:])[steps // 2]
+    return dict(ms=ms, tokens_per_s=1000 * B * cfg.block_size / ms,
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None)
+
+
+def bench(cfg, device, dtype, steps=20, combos=BENCH, vocab=50304):
+    """time_steps for several K, without and with the KL -> rows, printed as they come"""
     rows = []
     for K, beta, top_n in combos:
         torch.manual_seed(0)
         c = dataclasses.replace(cfg, n_mtp=K, beta=str(beta), top_n=top_n, alpha="0.3")
-        config = GPTConfig(50304, c.block_size, c.n_layer, c.n_head, c.n_embd, K)
-        model = GPT(config).to(device)
-        optimizer, B = make_optimizer(model, c), c.micro_batch or c.batch_size
-        with autocast(device, dtype):
-            if c.compile != "off" and device.type == "cuda":
-                torch._dynamo.reset()
-                compile_model(model, "blocks" if c.compile == "blocks" else "model", torch.randint(50304, (B, c.block_size + 1), device=device))
-        times = []
-        for step in range(steps + 5):
-            tokens = torch.randint(50304, (B, c.block_size + 1), device=device)
-            if step == 5 and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            begin = now(device)
-            with autocast(device, dtype):
-                micro_step(model, model, c, tokens, 1.0, 1.0)
-            clip_gradients(model, c)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            times.append(now(device) - begin)
-        ms = 1000 * sorted(times[5:])[steps // 2]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-        rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, ms=ms, tokens_per_s=1000 * B * c.block_size / ms, peak_gib=peak))
-        print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {ms:8.2f} ms a step, {rows[-1]['tokens_per_s']:9.0f} tokens/s, "
-              f"peak {peak:.2f} GiB", flush=True)
+        model = GPT(GPTConfig(vocab, c.block_size, c.n_layer, c.n_head, c.n_embd, K)).to(device)
+        rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, **time_steps(model, c, device, dtype, steps)))
+        print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {rows[-1]['ms']:8.2f} ms a step, {rows[-1]['tokens_per_s']:9.0f} tokens/s"
+              + (f", peak {rows[-1]['peak_gib']:.2f} GiB" if device.type == "cuda" else ""), flush=True)
     return rows
 
 
@@ -527,6 +555,8 @@ def main():
     state, start = None, 0
     if rest["resume"]:
         model, state = load_checkpoint(rest["resume"])
+        if "extension" in state:
+            raise ValueError(f"{rest['resume']} is an extension: `python extend.py --resume` goes on with it")
         for name, value in given.items():
             if name in dataclasses.asdict(model.config) and value != getattr(model.config, name):
                 raise ValueError(f"--{name} {value} disagrees with the checkpoint, which has {getattr(model.config, name)}: "

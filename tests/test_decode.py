@@ -143,7 +143,7 @@ def some_request(chance, seed, K):
 @pytest.mark.parametrize("K", range(7))
 def test_greedy_text_is_that_of_plain_decoding(K):
     chance, lengths = random.Random(K), torch.zeros(K + 1, dtype=torch.long)
-    for seed in range(30):                                  # 210 models in all
+    for seed in range(36 if K < 4 else 20):                 # 204 models in all
         model, prompts, new, stop = some_request(chance, seed, K)
         heads = K if seed % 5 else chance.randint(0, K)
         got, stats = generate(model, prompts, new, heads=heads, stop_token=stop)
@@ -162,15 +162,15 @@ def test_greedy_text_is_that_of_plain_decoding(K):
     assert lengths.min() > 0, f"no round accepted {int(lengths.argmin())} drafts: {lengths.tolist()}"
 
 
-@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("K", [1, 2, 3])
 def test_cached_drafts_texts_and_counts_equal_those_by_hand(K, monkeypatch):
     # 1-token prompts: the first round has n = 1 < K, so a head's rows reach back past the start of the text
     seen, lengths, early = spy_on_rounds(monkeypatch), torch.zeros(K + 1, dtype=torch.long), 0
-    for seed in range(6):
+    for seed in range(5):
         random_one = make_model(3, 8 + K, K, layers=2, seed=seed + 50 * K)
         model = counting_model(K, 8 + K, 0.02 * (3 + seed), seed) if seed % 2 else random_one
         prompts = [[1], [0, 1, 2, 0, 1, 2][: 1 + seed], [0, 1, 2] * 2]
-        stats, starts = assert_same_as_by_hand(model, prompts, 99, 2 if seed == 3 else None, seen)
+        stats, starts = assert_same_as_by_hand(model, prompts, 99, {2: 2, 3: 2, 4: 0}.get(seed), seen)
         lengths += torch.tensor(stats.accepted)
         early += sum(n < K for n in starts)
     assert lengths.min() > 0 and (early or K == 1), (lengths, early)
@@ -251,11 +251,13 @@ def test_a_decoder_used_again_remembers_nothing():
     assert got == want and replace(stats, seconds=0) == replace(fresh, seconds=0)
 
 
-def test_watch_sees_the_prefill_and_every_round_and_changes_nothing():
-    model, seen = make_model(3, 14, 2, seed=2), []
+def test_watch_sees_the_prefill_and_every_round_and_changes_nothing(monkeypatch):
+    model, seen, rounds, verify = make_model(3, 14, 2, seed=2), [], [], Decoder.verify
+    monkeypatch.setattr(Decoder, "verify", lambda self, q=None: rounds.append(verify(self, q)))
     watched = generate(model, [[0], [1, 2]], 99, watch=lambda decoder: seen.append(decoder.n.tolist()))[0]
-    assert watched == generate(model, [[0], [1, 2]], 99)[0]
     assert seen[0] == [1, 2] and seen[-1] == [13, 13] and all(sum(b) > sum(a) for a, b in zip(seen, seen[1:]))
+    # unwatched, many rounds run without a look at the result, but none too many
+    assert watched == generate(model, [[0], [1, 2]], 99)[0] and len(rounds) == 2 * (len(seen) - 1)
 
 
 # ---- chance, by enumeration: every branch of the tree of outcomes is a row of one batch
@@ -320,7 +322,7 @@ def some_laws(kind, shape, gen):
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_emits_the_target_law_and_accepts_as_often_as_it_says(rule, kind, monkeypatch):
     gen = torch.Generator().manual_seed(0)
-    for V, K in [(2, 1), (5, 1), (3, 2), (4, 2), (3, 3)] * 3:
+    for V, K in [(2, 1), (5, 1), (3, 2), (4, 2), (3, 3)] * 2:
         # p_i and q_i, one law for each d_1 .. d_i: the target isn't independent from token to token
         P, Q = zip(*(some_laws(kind, [V] * (i + 1), gen) for i in range(K + 1)))
         rows = branches_of_a_round(rule, V, K)
@@ -352,18 +354,19 @@ def test_a_refusal_that_only_rounding_can_cause_still_emits_a_possible_token(mon
     assert a.eq(0).all() and set(y.tolist()) == {1, 2}
 
 
-def end_to_end(monkeypatch, rule, heads, new, top_k=None, stop=None, V=3):
+def end_to_end(monkeypatch, rule, heads, new, top_k=None, stop=None, V=3, temperature=0.7):
     """-> law of the texts by generate(), law of the texts by the main head's conditionals"""
     model, prompt = make_model(V, 12, heads, seed=4), [1, 0]
     rows = V * branches_of_a_round(rule, V, heads) ** (new - 1)
     with monkeypatch.context() as patch:
         tree = Branches(patch, rows)
-        texts, _ = generate(model, [prompt] * rows, new, temperature=0.7, top_k=top_k, accept=rule, stop_token=stop)
+        texts, _ = generate(model, [prompt] * rows, new, temperature=temperature, top_k=top_k, accept=rule,
+                            stop_token=stop)
     want = {(): 1.0}
     for _ in range(new):
         for text in [t for t in want if not t or t[-1] != stop]:
             weight, logits = want.pop(text), model.all_logits(torch.tensor([[*prompt, *text]]))[0][0, -1]
-            want.update({(*text, v): weight * p for v, p in enumerate(law_of(logits, 0.7, top_k))})
+            want.update({(*text, v): weight * p for v, p in enumerate(law_of(logits, temperature, top_k))})
     return tree.law(texts), want
 
 
@@ -376,7 +379,7 @@ def distance(a, b):
 def test_the_law_of_a_whole_continuation_is_the_main_heads(rule, heads, monkeypatch):
     # 3 tokens: the prefill's, and 1 or 2 rounds, of which the last is often cut; 2 tokens or V = 2 where 3 takes long
     slow = {"new": 2} if (rule, heads) == ("residual", 2) else {}
-    for case in [{}, {"top_k": 2}, {"stop": 1}, {"top_k": 1}, {"V": 4, "new": 2}, {"V": 2, "new": 3}]:
+    for case in [{}, {"top_k": 2}, {"stop": 1}, {"V": 4, "new": 2}, {"V": 2, "new": 3}]:
         got, want = end_to_end(monkeypatch, rule, heads, **{"new": 3, **slow, **case})
         assert distance(got, want) < 1e-10, case
 
@@ -463,12 +466,13 @@ def test_draw_and_coin_follow_their_weights():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_texts_with_true_randomness_follow_the_law_and_the_seed(rule, monkeypatch):
-    _, want = end_to_end(monkeypatch, "match", 2, new=3)
+    _, want = end_to_end(monkeypatch, "match", 2, new=3, temperature=5.0)   # near enough to uniform for a chi-square
+    assert min(want.values()) * 1200 > 10
     model = make_model(3, 12, 2, seed=4)
 
     def texts(seed):
         gen = torch.Generator().manual_seed(seed)
-        return generate(model, [[1, 0]] * 2000, 3, temperature=0.7, accept=rule, generator=gen)[0]
+        return generate(model, [[1, 0]] * 1200, 3, temperature=5.0, accept=rule, generator=gen)[0]
     first = texts(1)
     assert first == texts(1) != texts(2)
     assert chi_square(Counter(map(tuple, first)), want) > 1e-6      # 27 cells

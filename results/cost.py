@@ -1,0 +1,77 @@
+"""
+cost.py: time and memory of training and decoding steps, on random tokens and weights. Run it with the machine to itself.
+
+    python results/cost.py --scale gpu --json       called by reproduce.py --part cost
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import decode  # noqa: E402
+import extend  # noqa: E402
+import train  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+
+def extension(cfg, device, dtype):
+    """a joint training step with K = 8 against a step of the extension 4 -> 8, same batch -> two rows"""
+    rows = []
+    for name in ("joint training, K = 8", "extension 4 -> 8"):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, 8)).to(device)
+        c = dataclasses.replace(cfg, n_mtp=8, beta="0.5", top_n=512)
+        if name.startswith("ext"):
+            extend.freeze_all_but(model, range(4, 8))
+            c = dataclasses.replace(c, alpha="0,0,0,0,.3,.3,.3,.3", beta="0,0,0,0,.5,.5,.5,.5")
+        rows.append(dict(name=name, **train.time_steps(model, c, device, dtype)))
+    return rows
+
+
+def decoding(device, dtype):
+    """a plain step and a whole round with 4 heads, at 124M parameters and 300 tokens of context -> rows"""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50304, 1024, 12, 12, 768, 4)).to(device, dtype).eval()
+    rows = []
+    for batch in (1, 8, 32):
+        for heads in (0, 4):
+            decoder = decode.Decoder(model, batch, 512, heads, compile=True)
+            decoder.start([[1] * 256] * batch, 200)
+            ms = decode.milliseconds(lambda: (decoder.n.fill_(300), decoder.step()), device, 50)
+            rows.append(dict(batch=batch, heads=heads, ms=ms, rounds_per_s=1000 / ms))
+            print(f"decode 124M batch {batch} heads {heads}: {ms:.3f} ms a round", flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", default="tiny")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    device = train.pick_device("auto")
+    dtype = train.pick_dtype("auto", device)[0]
+    torch.set_float32_matmul_precision("high")
+    base = train.make_config(dict(preset="gpt2"))
+    out = {}
+    if args.scale == "gpu":
+        d512 = dataclasses.replace(base, n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, micro_batch=32, compile="blocks")
+        out["kl, 8 layers d=512 T=512, 32 windows"] = train.bench(d512, device, dtype, combos=[(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096), (4, 0, 1), (4, 0.5, 512)])
+        out["extension, 8 layers d=512 T=512, 16 windows"] = extension(dataclasses.replace(d512, batch_size=16, micro_batch=16), device, dtype)
+        out["heads, 124M T=1024, 12 windows"] = train.bench(dataclasses.replace(base, compile="blocks"), device, dtype, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512)])
+        out["plain GPT, 124M T=1024, 12 windows, whole model compiled"] = train.bench(dataclasses.replace(base, compile="model"), device, dtype, combos=[(0, 0, 1)])
+        out["124M T=1024, 8 windows"] = train.bench(dataclasses.replace(base, compile="blocks", micro_batch=8), device, dtype, combos=[(4, 0, 1)])
+        out["decoding"] = decoding(device, dtype)
+    else:
+        tiny = train.make_config(dict(preset="tiny"))
+        out["heads, tiny"] = train.bench(tiny, device, dtype, steps=5, vocab=2048, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])
+    if args.json:
+        print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()

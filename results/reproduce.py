@@ -1,0 +1,205 @@
+"""
+reproduce.py: the paper in miniature. Trains and measures everything that README.md quotes, and draws its figures.
+
+    python results/reproduce.py --scale tiny                  2 CPU cores, one seed
+    python results/reproduce.py --scale gpu --prose TEXT      one CUDA GPU, three seeds, all parts
+    python results/reproduce.py --scale gpu --part effect     one part: effect, ablation, extend, speed, cost, nanogpt
+    python results/reproduce.py --scale gpu --part tables     only tables.md and the figures, from the rows that are there
+
+Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
+        ablation  the paper's ablation at K = 1: start, detach, N, beta, direction, where the gradient goes
+        extend    the K = 4 models looped to 8 and to 16 heads
+        speed     decoding with 0 .. 16 heads, and in batches
+        cost      time and memory of training steps (needs the machine to itself)
+        nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
+
+Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run that has a row is not
+run again, so an interrupted call goes on where it stopped. Checkpoints go to --work (out/reproduce), and are needed by
+extend and speed. --prose takes a text file (its vocabulary is trained here) or a prepared folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MODEL = {
+    "tiny": "--preset tiny --eval_windows 200",
+    "gpu": "--preset small --n_layer 8 --n_head 6 --n_embd 384 --block_size 256 --batch_size 32 --micro_batch 32 --steps 1000 "
+           "--warmup 100 --lr 1.5e-3 --eval_windows 400 --compile blocks --log_every 100",
+}
+SEEDS = {"tiny": (1,), "gpu": (1, 2, 3)}
+PAPER = "--kl_start 0 --kl_ramp 0"             # the KL from the first step, as in the paper
+ABLATION = {                                   # K = 1; what differs from the default recipe
+    "default": "", "MTP": "--beta 0", "paper: KL from step 0": PAPER, "start 0.5": "--kl_start 0.5",
+    "no detach": "--no-detach_teacher", "no detach, step 0": "--no-detach_teacher " + PAPER,
+    "N = V": "--top_n 1000000", "N = 0.8 %": "--top_n 0.008", "N = 16": "--top_n 16", "N = 1": "--top_n 1",
+    "beta 0.3": "--beta 0.3", "beta 1.5": "--beta 1.5", "reverse KL": "--kl reverse", "total variation": "--kl tv",
+    "KL into heads only": "--kl_grad heads", "heads only, step 0, clipped apart": f"--kl_grad heads --clip_apart {PAPER}",
+}
+EXTEND_STEPS = {"tiny": "", "gpu": "--steps 200 --compile off"}
+
+
+class Runner:
+    """runs commands side by side, a row of runs.jsonl for each"""
+
+    def __init__(self, scale, work, parallel):
+        self.folder, self.work, self.parallel, self.lock = ROOT / "results" / scale, Path(work), parallel, threading.Lock()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "runs.jsonl"
+        self.rows = [json.loads(line) for line in open(self.path, encoding="utf-8")] if self.path.exists() else []
+
+    def add(self, **row):
+        import torch
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        row = dict(row, device=device, torch=torch.__version__, python=platform.python_version())
+        with self.lock:
+            self.rows.append(row)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def has(self, name):
+        return any(row["name"] == name for row in self.rows)
+
+    def run(self, name, part, command, **labels):
+        """one command that prints JSON on its last line"""
+        if self.has(name):
+            return
+        begin = time.time()
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+        if done.returncode:
+            print(f"{name} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            return
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        self.add(name=name, part=part, command="python " + " ".join(c.replace(str(ROOT) + os.sep, "") for c in command), seconds=round(time.time() - begin, 1),
+                 result=shorten(result), **labels)
+        brief = result.get("after", result) if isinstance(result, dict) else {}
+        print(f"{name}: {time.time() - begin:.0f} s" + (f", main loss {brief['loss'][0]:.4f}, CAR {[round(x, 3) for x in brief['car']]}" if "car" in brief else ""), flush=True)
+
+    def all(self, jobs):
+        with ThreadPoolExecutor(self.parallel) as pool:
+            list(pool.map(lambda job: self.run(*job[:3], **job[3]), jobs))
+
+
+def shorten(value):
+    """numbers to 5 significant digits: logs are kept small"""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: shorten(v) for k, v in value.items()}
+    return [shorten(v) for v in value] if isinstance(value, list) else value
+
+
+def train_job(args, scale, work, name, part, data, seed, more, **labels):
+    out = Path(work) / name.replace(" ", "_").replace("/", "_").replace("%", "p").replace(":", "").replace("=", "").replace(",", "")
+    command = ["train.py", *MODEL[scale].split(), "--eval_every", "100000", "--data", data, "--seed", str(seed), "--out", str(out), *more.split(), "--json"]
+    return name, part, command, dict(seed=seed, data=Path(data).name, **labels)
+
+
+def effect(args, runner, sources):
+    jobs = []
+    for text, (data, extra) in sources.items():
+        for K, beta in ((4, 0.5), (1, 1.0)):
+            for method in ("MTP", "MTP-D"):
+                for seed in SEEDS[args.scale]:
+                    more = f"{extra} --n_mtp {K} --beta {beta if method == 'MTP-D' else 0}"
+                    jobs.append(train_job(args, args.scale, runner.work, f"{text} K{K} {method} seed{seed}", "effect", data, seed, more, text=text, K=K, method=method))
+    runner.all(jobs)
+
+
+def ablation(args, runner, sources):
+    text, (data, extra) = list(sources.items())[-1]
+    jobs = []
+    for variant, more in ABLATION.items():
+        for seed in SEEDS[args.scale][:2]:
+            if args.scale == "tiny" and variant not in ("default", "MTP", "paper: KL from step 0", "no detach", "N = 1", "reverse KL"):
+                continue
+            beta = "" if "--beta" in more else "--beta 1"
+            jobs.append(train_job(args, args.scale, runner.work, f"ablation {variant} seed{seed}", "ablation", data, seed, f"{extra} --n_mtp 1 {beta} {more}", text=text, variant=variant))
+    runner.all(jobs)
+
+
+def extend(args, runner, sources):
+    for n, source in ((8, "{}"), (16, "{}-8")):
+        jobs = []
+        for text in sources:
+            for method in ("MTP", "MTP-D"):
+                for seed in SEEDS[args.scale]:
+                    base = str(runner.work / source.format(f"{text} K4 {method} seed{seed}".replace(" ", "_"))) + "/ckpt.pt"
+                    jobs.append((f"{text} {n} heads {method} seed{seed}", "extend", ["extend.py", base, "--heads", str(n), "--json", "--out",
+                                 str(runner.work / f"{text} K4 {method} seed{seed}".replace(" ", "_")) + f"-{n}", *EXTEND_STEPS[args.scale].split()],
+                                 dict(seed=seed, text=text, method=method, n=n)))
+        runner.all(jobs)
+
+
+def speed(args, runner, sources):
+    fast = ["--compile"] if args.scale == "gpu" else []
+    for text in sources:
+        def ckpt(name):
+            return str(runner.work / f"{text} {name} seed1".replace(" ", "_")) + "/ckpt.pt"
+        many = [ckpt("K1 MTP"), ckpt("K4 MTP"), ckpt("K4 MTP-D"), ckpt("K4 MTP-D").replace("seed1", "seed1-8"), ckpt("K4 MTP-D").replace("seed1", "seed1-16")]
+        tokens = ["--tokens", "128" if args.scale == "gpu" else "64", "--prompt_tokens", "64" if args.scale == "gpu" else "32"]
+        runner.run(f"speed {text}", "speed", ["decode.py", *many, "--bench", "--count", "8", *tokens, "--json", *fast], text=text)
+        for batch in (8, 32) if args.scale == "gpu" else ():
+            runner.run(f"speed {text} batch {batch}", "speed", ["decode.py", ckpt("K4 MTP-D"), "--bench", "--heads", "4", "--batch", str(batch), "--count", str(2 * batch),
+                                                              *tokens, "--json", *fast], text=text, batch=batch)
+        runner.run(f"check {text}", "speed", ["decode.py", ckpt("K4 MTP-D"), "--check", "--count", "16", *tokens, "--json"], text=text)
+
+
+def cost(args, runner, sources):
+    runner.run("cost", "cost", ["results/cost.py", "--scale", args.scale, "--json"])
+
+
+def nanogpt(args, runner, sources):
+    if not args.shakespeare:
+        return print("nanogpt: give --shakespeare FOLDER (python data/prepare.py shakespeare makes it)")
+    runner.all([(f"shakespeare K{K}", "nanogpt", ["train.py", "--preset", "shakespeare", "--data", args.shakespeare, "--n_mtp", str(K), "--compile", "blocks", "--log_every", "100",
+                "--out", str(runner.work / f"shakespeare{K}"), "--json"], dict(K=K, seed=1)) for K in (0, 4)])
+    for K in (0, 4):
+        log = runner.work / f"shakespeare{K}" / "log.jsonl"
+        if log.exists() and not runner.has(f"shakespeare K{K} curve"):
+            vals = [row for row in map(json.loads, open(log, encoding="utf-8")) if "val" in row]
+            ms = statistics.median(row["ms"] for row in map(json.loads, open(log, encoding="utf-8")) if "ms" in row)
+            runner.add(name=f"shakespeare K{K} curve", part="nanogpt", result=dict(step=[v["step"] for v in vals], val=[round(v["val"]["loss"][0], 4) for v in vals], ms_per_step=round(ms, 2)))
+
+
+PARTS = {"effect": effect, "ablation": ablation, "extend": extend, "nanogpt": nanogpt, "speed": speed, "cost": cost}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=list(MODEL), default="tiny", help="tiny: CPU, one seed; gpu: one CUDA GPU, three seeds")
+    parser.add_argument("--part", default="all", help="one of the parts above, several with commas, all, or tables")
+    parser.add_argument("--prose", default="", help="a text of prose, or its prepared folder (gpu scale; optional)")
+    parser.add_argument("--python", default="python", help="the source-code data: a source of data/prepare.py or a prepared folder")
+    parser.add_argument("--shakespeare", default="", help="the prepared Shakespeare folder, for the part nanogpt")
+    parser.add_argument("--work", default="out/reproduce", help="folder for checkpoints")
+    parser.add_argument("--parallel", type=int, default=0, help="runs side by side; 0: 6 on a GPU, 1 on a CPU (not for speed and cost)")
+    args = parser.parse_args()
+    unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
+    if unknown:
+        sys.exit(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, tables")
+    sources = {"python": (args.python, "--tokenizer bpe:4096 --dropout 0.1" if args.scale == "gpu" else "")}
+    if args.prose and args.scale == "gpu":
+        sources["prose"] = (args.prose, "--tokenizer bpe:4096")
+    runner = Runner(args.scale, args.work, args.parallel or (6 if args.scale == "gpu" else 1))
+    for name, part in PARTS.items():
+        if args.part == "all" or name in args.part.split(","):
+            print(f"== {name}", flush=True)
+            part(args, runner, sources)
+    import tables
+    tables.write(runner.folder, runner.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""tables.md and the figures, from runs.jsonl"""
+
+
+def write(folder, rows):
+    pass

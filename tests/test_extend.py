@@ -1,0 +1,364 @@
+"""extend.py: heads copied and looped, the old ones untouched, resume, one at a time, exact decoding, bad input."""
+import dataclasses
+import json
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import decode
+import extend
+import train
+from data import prepare as P
+from extend import loop_heads
+from model import GPT, GPTConfig
+
+REPO = Path(__file__).resolve().parents[1]
+TEXT = "one two three four five six. " * 120                             # soon learned, so that heads guess right
+BASE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_mtp": 2, "block_size": 24, "dropout": 0.1,
+        "batch_size": 8, "steps": 60, "warmup": 5, "lr": 2e-2, "eval_every": 100, "eval_windows": 6, "log_every": 1,
+        "device": "cpu", "compile": "off", "dtype": "float64", "alpha": "0.3,0.2", "beta": "0.5", "kl_start": 0.5}
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """a checkpoint with two trained heads"""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    data = P.prepare(folder / "text.txt", "bytes", folder / "text", quiet=True)
+    cfg = train.make_config({**BASE, "data": str(data), "out": str(folder / "toy")})
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(257, **{name: BASE[name] for name in SHAPE})).double()
+    train.fit(model, cfg, *train.open_data(cfg), quiet=True)
+    return folder / "toy/ckpt.pt"
+
+
+@pytest.fixture(autouse=True)
+def undo_globals(monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(train, "git_commit", lambda: "1234567")          # a process each time
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def make_model(m, seed=0):
+    """random, large weights: every head differs from every other"""
+    gen = torch.Generator().manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=11, block_size=20, n_layer=1, n_head=1, n_embd=8, n_mtp=m)).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=gen, dtype=torch.float64) * 0.4)
+    return model.eval()
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["extend.py", *map(str, argv)])
+    extend.main()
+
+
+def extended(monkeypatch, base, out, *argv):
+    call(monkeypatch, base, "--out", out, *argv)
+    return train.load_checkpoint(Path(out) / "ckpt.pt")
+
+
+def evaluate_every(monkeypatch, steps):
+    original = extend.extension_config
+    monkeypatch.setattr(extend, "extension_config",
+                        lambda *args: dataclasses.replace(original(*args), eval_every=steps))
+
+
+def stop_at(monkeypatch, step, visit=1):
+    """Ctrl-C when the batch of this step is asked for, the first time or a later one"""
+    visits = []
+
+    def batch_starts(cfg, at, length, original=train.batch_starts):
+        visits.extend([at] if at == step else [])
+        if at == step and len(visits) == visit:
+            signal.raise_signal(signal.SIGINT)
+        return original(cfg, at, length)
+    monkeypatch.setattr(train, "batch_starts", batch_starts)
+
+
+def weights(model):
+    return {name: w.clone() for name, w in model.state_dict().items()}
+
+
+def moved(before, after, name=""):
+    """names of the weights that changed"""
+    return {n for n in after if n.startswith(name) and (n not in before or not torch.equal(before[n], after[n]))}
+
+
+def names(model, heads):
+    return {name for name in model.state_dict() if name.startswith(tuple(f"heads.{k}." for k in heads))}
+
+
+def old_part(result, m):
+    """what an evaluation says of the main head and heads 1 .. m"""
+    return [result[name][: m + (name in ("loss", "accuracy"))] for name in ("loss", "accuracy", "kl", "ar", "car")]
+
+
+# ---- the copy
+
+
+@pytest.mark.parametrize("m,n", [(1, 8), (4, 6), (2, 5), (3, 4)])
+def test_heads_are_copied_and_not_shared(m, n):
+    model = make_model(m)
+    before = weights(model)
+    new = loop_heads(model, n)
+    assert new.config == dataclasses.replace(model.config, n_mtp=n) and len(new.heads) == n and not new.training
+    assert loop_heads(model.train(), n).training
+    for name, weight in new.state_dict().items():
+        part, _, rest = name.partition(".")
+        k, _, inner = rest.partition(".")
+        source = name if part != "heads" else f"heads.{int(k) % m}.{inner}"
+        assert torch.equal(weight, before[source]) and weight.dtype == torch.float64, name
+    places = [w.data_ptr() for w in [*model.parameters(), *new.parameters()]]
+    assert len(set(places)) == len(places)
+    with torch.no_grad():
+        new.heads[m].mix.weight.zero_()
+    assert not moved(before, weights(model))
+    assert not moved(before, {name: w for name, w in weights(new).items() if name in before})
+
+
+@torch.no_grad()
+def cascade_by_hand(model, n, tokens):
+    """the trained heads applied round and round, each to what the one before it left"""
+    embed, W = model.embed(tokens), model.embed.weight
+    hidden = model.trunk(embed)
+    out = [F.linear(model.norm(hidden), W)]
+    for k in range(1, n + 1):
+        head, T = model.heads[(k - 1) % len(model.heads)], tokens.size(1) - k
+        hidden = head(hidden[:, :T], embed[:, k:], model.angles(T))
+        out.append(F.linear(head.norm_out(hidden), W))
+    return out
+
+
+@pytest.mark.parametrize("m,n", [(1, 8), (4, 6)])
+def test_the_copy_is_the_cascade_with_repeated_heads(m, n):
+    model, tokens = make_model(m), torch.randint(11, (2, 12), generator=torch.Generator().manual_seed(3))
+    got, want = loop_heads(model, n).all_logits(tokens), cascade_by_hand(model, n, tokens)
+    assert len(got) == len(want) == n + 1 and all(map(torch.equal, got, want))
+
+
+def test_no_steps_is_only_the_copy(base, tmp_path, monkeypatch, capsys):
+    model, meta = extended(monkeypatch, base, tmp_path, "--heads", 5, "--steps", 0, "--json")
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    old, first = train.load_checkpoint(base)
+    assert all(map(torch.equal, weights(model).values(), weights(loop_heads(old, 5)).values()))
+    assert result["before"] == result["after"] and len(result["after"]["car"]) == 5
+    assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1]
+    assert meta["step"] == 0 and meta["tokenizer"] == first["tokenizer"]
+    assert "[1, 2, 1]" in out and out.count("frozen") == 2 and "copied" in out
+
+
+@pytest.mark.parametrize("n", [8, 16])
+def test_decoding_is_still_the_plain_text(base, n):
+    old = train.load_checkpoint(base)[0]
+    model = loop_heads(old, n)
+    for weight in model.heads[2].parameters():                           # a head that has learned something of its own
+        weight.data.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.02)
+    prompts = [list(b"one t"), list(b"e"), list(b"six. one two")]
+    got, stats = decode.generate(model, prompts, 16)
+    for prompt, ids in zip(prompts, got):
+        text = list(prompt)
+        while len(text) < min(24, len(prompt) + 16):
+            text.append(int(old.all_logits(torch.tensor([text]))[0][0, -1].argmax()))
+        assert ids == text[len(prompt):]
+    assert got == decode.generate(old, prompts, 16, heads=0)[0] == decode.generate(model, prompts, 16, heads=5)[0]
+    assert len(stats.accepted) == n + 1 and sum(stats.accepted[3:]) > 0  # new heads did take part
+
+
+# ---- training
+
+
+def test_training_moves_the_new_heads_alone(base, tmp_path, monkeypatch, capsys):
+    old, first = train.load_checkpoint(base)
+    start = weights(loop_heads(old, 4))
+    model, meta = extended(monkeypatch, base, tmp_path, "--steps", 8, "--json")       # --heads: twice as many
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert moved(start, weights(model)) == names(model, [2, 3])          # each of their tensors, and nothing else
+    before, after = result["before"], result["after"]
+    assert old_part(before, 2) == old_part(after, 2)
+    assert old_part(before, 2)[:3] == old_part(log_rows(base.parent)[-1]["val"], 2)[:3]  # (fewer rows have all 4 heads)
+    assert min(before["ar"][:2]) > 0.3 and after["loss"][3:] != before["loss"][3:]
+    assert after["tokens_per_forward"] != before["tokens_per_forward"] and meta["extension"]["before"] == before
+    held = [entry["exp_avg"].numel() for entry in meta["optimizer"]["state"].values()]
+    assert sorted(held) == sorted(start[name].numel() for name in names(model, [2, 3]))
+    plan, cfg = meta["extension"], meta["train_config"]
+    assert (plan["from_heads"], plan["copied_from"], plan["stages"]) == (2, [0, 0, 1, 2], [[2, 3]])
+    assert (cfg["alpha"], cfg["beta"], cfg["kl_start"], cfg["kl_ramp"]) == ("0.0,0.0,0.2,0.2", "0.0,0.0,0.5,0.5", 0, 0)
+    assert (cfg["n_mtp"], cfg["steps"], cfg["lr"]) == (4, 8, first["train_config"]["lr"])
+    assert meta["best_loss"] == before["loss"][0]
+    header, *rows = log_rows(tmp_path)
+    assert header["model"]["n_mtp"] == 4 and [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert rows[-1]["val"] == after
+    assert all(row["kl"][:2] == [0, 0] and min(row["kl"][2:]) > 0 for row in rows if "kl" in row)
+    longer = extended(monkeypatch, base, tmp_path, "--steps", 40, "--json")[1]["extension"]
+    after = json.loads(capsys.readouterr().out.splitlines()[-1])["after"]
+    assert sum(after["loss"][3:]) < sum(longer["before"]["loss"][3:]) - 0.1           # it is worth it
+
+
+def log_rows(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_frozen_parts_have_no_gradient_and_no_dropout(base, tmp_path, monkeypatch):
+    seen, step, loss, make = [], train.micro_step, train.distill.mtp_loss, train.make_optimizer
+
+    def spy_step(net, model, *args):
+        parts = [part.training for part in (*model.blocks, *model.heads, model.drop)]
+        assert parts == [False, False, False, True, True, False]
+        assert not any(part.training for part in model.heads[1].modules()) and model.heads[2].block.drop.training
+        out = step(net, model, *args)
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == names(model, [2, 3])
+        return out
+
+    def spy_loss(hidden, weight, *args, **options):
+        seen.append(([h.requires_grad for h in hidden], weight.requires_grad, options["ramp"]))
+        return loss(hidden, weight, *args, **options)
+
+    def spy_optimizer(model, cfg):
+        out = make(model, cfg)
+        held = {id(p) for group in out.param_groups for p in group["params"]}
+        assert {name for name, p in model.named_parameters() if id(p) in held} == names(model, [2, 3])
+        return out
+    monkeypatch.setattr(train, "micro_step", spy_step)
+    monkeypatch.setattr(train.distill, "mtp_loss", spy_loss)
+    monkeypatch.setattr(train, "make_optimizer", spy_optimizer)
+    evaluate_every(monkeypatch, 1)                                       # .. nor do they come back after an evaluation
+    extended(monkeypatch, base, tmp_path, "--steps", 3)
+    assert seen == [([False, False, False, True, True], False, 1.0)] * 3
+
+
+def test_extending_an_extension(base, tmp_path, monkeypatch):
+    four = extended(monkeypatch, base, tmp_path / "4", "--steps", 4, "--heads", 4)[0]
+    model, meta = extended(monkeypatch, tmp_path / "4/ckpt.pt", tmp_path / "7",
+                           "--steps", 3, "--heads", 7, "--beta", "1.5", "--lr", 0.01)
+    assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1, 2, 3] and meta["extension"]["from_heads"] == 4
+    cfg = train.TrainConfig(**meta["train_config"])
+    assert train.weights(cfg) == [[0] * 4 + [0.2] * 3, [0] * 4 + [1.5] * 3] and cfg.lr == 0.01
+    assert moved(weights(loop_heads(four, 7)), weights(model)) == names(model, [4, 5, 6])
+
+
+def both(monkeypatch, base, tmp_path, argv, stops):
+    """the same extension without and with a stop -> (model, metadata) of each"""
+    whole = extended(monkeypatch, base, tmp_path / "whole", *argv)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
+        stop_at(patch, *stops)
+        train.run(lambda: extended(patch, base, tmp_path / "cut", *argv))
+    torch.manual_seed(99)
+    call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")
+    return whole, train.load_checkpoint(tmp_path / "cut/ckpt.pt")
+
+
+def assert_same_end(whole, cut):
+    assert all(map(torch.equal, weights(whole[0]).values(), weights(cut[0]).values()))
+    for name in ("step", "best_loss", "extension"):
+        assert whole[1][name] == cut[1][name], name
+    assert {**whole[1]["train_config"], "out": ""} == {**cut[1]["train_config"], "out": ""}
+
+
+def test_resuming_an_extension_equals_not_stopping(base, tmp_path, monkeypatch):
+    evaluate_every(monkeypatch, 2)
+    whole, cut = both(monkeypatch, base, tmp_path, ["--steps", 6], (5,))
+    assert_same_end(whole, cut)
+    rows = [row for row in log_rows(tmp_path / "cut") if "val" not in row]
+    assert [row.get("start", row.get("step")) for row in rows] == [0, 1, 2, 3, 4, 5, 4, 5, 6]
+    call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")              # nothing is left to do, and nothing happens
+    assert_same_end(whole, train.load_checkpoint(tmp_path / "cut/ckpt.pt"))
+
+
+@pytest.mark.parametrize("stops", [(0, 2), (1, 3)])                      # before the second stage, and within the third
+def test_one_at_a_time(base, tmp_path, monkeypatch, stops):
+    stages, fit = [], train.fit
+
+    def spy(model, cfg, *args, **options):
+        before = weights(model)
+        out = fit(model, cfg, *args, **options)
+        stages.append((moved(before, weights(model)), train.weights(cfg), cfg.steps))
+        return out
+    monkeypatch.setattr(train, "fit", spy)
+    whole, cut = both(monkeypatch, base, tmp_path, ["--steps", 5, "--heads", 5, "--one_at_a_time"], stops)
+    for k in (2, 3, 4):                                                  # 5 steps for 3 heads: 2 each
+        only = [float(k == i) for i in range(5)]
+        assert stages[k - 2] == (names(whole[0], [k]), [[0.2 * x for x in only], [0.5 * x for x in only]], 2)
+    assert len(whole[1]["extension"]["stages"]) == 3 and whole[1]["extension"]["stage"] == 2
+    assert_same_end(whole, cut)
+    rows = log_rows(tmp_path / "whole")                                  # one log for all stages
+    assert [row.get("start", row.get("step")) for row in rows if "val" not in row] == [0, 1, 2] * 3
+
+
+def test_extending_a_checkpoint_whose_last_stage_never_came(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 0, 2)
+        extended(patch, base, tmp_path / "4", "--steps", 2, "--one_at_a_time")
+    meta = extended(monkeypatch, tmp_path / "4/ckpt.pt", tmp_path / "5", "--steps", 1, "--heads", 5)[1]
+    assert train.weights(train.TrainConfig(**meta["train_config"])) == [[0] * 4 + [0.2], [0] * 4 + [0.5]]
+
+
+# ---- the command
+
+
+def test_defaults_come_from_the_checkpoint(base, tmp_path, monkeypatch):
+    meta, model = train.load_checkpoint(base)[1], make_model(4)
+    cfg = extend.extension_config(meta, model, {"out": "x"}, 2)
+    kept = ("data", "lr", "batch_size", "micro_batch", "eval_windows", "seed", "dtype", "block_size", "top_n")
+    assert {name: getattr(cfg, name) for name in kept} == {name: meta["train_config"][name] for name in kept}
+    assert cfg.steps == 12 and cfg.warmup == 1                           # a fifth, and a tenth of that
+    given = {"out": "x", "steps": 9, "batch_size": 4, "lr": 0.5, "seed": 7, "eval_windows": 2, "beta": "0"}
+    small = {**meta, "train_config": {**meta["train_config"], "micro_batch": 8}}
+    cfg = extend.extension_config(small, model, given, 2)
+    assert {**{name: getattr(cfg, name) for name in given}, "beta": "0"} == given
+    assert cfg.micro_batch == 0 and train.weights(cfg) == [[0, 0, 0.2, 0.2], [0] * 4]
+    monkeypatch.chdir(base.parent)                                       # a bare file name has a folder too
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", lambda path, *args, **rest: seen.append(path))
+        seen = []
+        call(patch, "ckpt.pt", "--heads", 3, "--steps", 0)
+        call(patch, base, "--heads", 3, "--steps", 0)
+    assert [path.resolve().parent.name for path in seen] == ["toy-3"] * 2 and seen[0].resolve() == seen[1]
+
+
+def test_help_tells_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "-h")
+    text = "".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for f in dataclasses.fields(extend.ExtendConfig):
+        assert "".join(f"{f.metadata['help']} (default {f.default!r})".split()) in text, f.name
+        assert f"--{f.name}" in text
+
+
+def test_bad_requests(base, tmp_path, monkeypatch):
+    for m, n, message in [(4, 4, "4 already"), (4, 3, "more than 4"), (0, 8, "no MTP heads"), (4, 20, "block_size")]:
+        with pytest.raises(ValueError, match=message):
+            loop_heads(make_model(m), n)
+    plain = tmp_path / "plain.pt"
+    train.save_checkpoint(plain, make_model(0), train_config={}, tokenizer={"kind": "bytes"})
+    (tmp_path / "text.pt").write_text("once upon a time", encoding="utf-8")
+    (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
+    other = P.prepare(tmp_path / "other.txt", "bpe:260", tmp_path / "other", quiet=True)
+    extended(monkeypatch, base, tmp_path / "ok", "--steps", 0)
+    listing = sorted(tmp_path.iterdir())
+    for argv, message in [([base, "--heads", 2], "heads is 2.*more than 2"), ([base, "--heads", 1], "heads is 1"),
+                          ([base, "--heads", 24], "block_size"), ([plain], "no MTP heads"),
+                          ([tmp_path / "none.pt"], "no checkpoint at"), ([tmp_path / "text.pt"], "can't be read"),
+                          ([], "give one checkpoint"), ([base, "--resume", base], "give one checkpoint"),
+                          (["--resume", base], "is no extension"), ([base, "--compile", "yes"], "--compile"),
+                          (["--resume", tmp_path / "ok/ckpt.pt", "--steps", 3], "leave out steps"),
+                          ([base, "--beta", "x"], "--beta is 'x'"), ([base, "--data", other], "another tokenizer")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            call(monkeypatch, *argv)
+    assert sorted(tmp_path.iterdir()) == listing and not base.parent.with_name("toy-4").exists()
+    monkeypatch.setattr(sys, "argv", ["extend.py", str(base), "--heads", "2"])
+    with pytest.raises(SystemExit, match="^extend.py: heads is 2"):
+        runpy.run_path(str(REPO / "extend.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "ok/ckpt.pt"), "--steps", "9"])
+    with pytest.raises(ValueError, match="extend.py --resume"):
+        train.main()

@@ -1,0 +1,564 @@
+"""train.py: steps against undivided ones, exact resume, two processes, evaluation, flags, checkpoints, bad input."""
+import dataclasses
+import json
+import math
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import prepare as P
+from model import GPT, GPTConfig
+
+REPO = Path(__file__).resolve().parents[1]
+TEXT = "the cat sat on the mat, and that was that. " * 80
+TOY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_mtp": 2, "block_size": 16, "batch_size": 8, "steps": 4,
+       "warmup": 2, "lr": 1e-2, "eval_every": 100, "eval_windows": 4, "log_every": 1, "device": "cpu", "compile": "off",
+       "dtype": "float64", "kl_start": 0.0, "kl_ramp": 0.0}
+
+
+def make_data(folder, text=TEXT, name="text"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return P.prepare(folder / f"{name}.txt", "bytes", folder / name, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def undo_globals(monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(train, "git_commit", lambda: "1234567")          # a process each time
+    yield
+    torch.set_float32_matmul_precision(before)
+    train.distill.compile_kernels(False)
+
+
+def config(data, out, **changes):
+    return train.make_config({**TOY, "data": str(data), "out": str(out), **changes})
+
+
+def new_model(cfg, vocab=257):
+    torch.manual_seed(cfg.seed)
+    shape = {name: getattr(cfg, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")}
+    return GPT(GPTConfig(vocab, **shape)).double()
+
+
+def fit(cfg, model=None):
+    model = model or new_model(cfg)
+    train.fit(model, cfg, *train.open_data(cfg), quiet=True)
+    return model
+
+
+def flags(data, out, **changes):
+    return [f"--{name}={value}" for name, value in {**TOY, "data": data, "out": out, **changes}.items()]
+
+
+def call(monkeypatch, *argv, main=train.main):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    main()
+
+
+def log_rows(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def curve(out, key="loss"):
+    return torch.tensor([row[key] for row in log_rows(out) if key in row], dtype=torch.float64)
+
+
+def largest_gap(model, other):
+    theirs = dict(other.named_parameters())
+    return max(float((w - theirs[name]).detach().abs().max()) for name, w in model.named_parameters() if name in theirs)
+
+
+def same(model, other):
+    return all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+# ---- the step
+
+
+@pytest.mark.parametrize("changes", [{}, {"clip_apart": True, "kl_grad": "heads", "clip": 0.1},
+                                     {"clip": 0.0, "alpha": "0.3,0"}])
+def test_accumulation_does_not_change_the_result(data, tmp_path, changes):
+    whole, parts = (fit(config(data, tmp_path / str(micro), micro_batch=micro, **changes)) for micro in (8, 1))
+    assert largest_gap(whole, parts) < 1e-9                              # a step moves weights by 1e-2
+    for key in ("loss", "ce", "kl"):
+        torch.testing.assert_close(curve(tmp_path / "8", key), curve(tmp_path / "1", key), rtol=0, atol=1e-10)
+
+
+def test_heads_without_weight_leave_the_main_head_alone(data, tmp_path):
+    plain, heads = (config(data, tmp_path / str(K), n_mtp=K, alpha="0", beta="0", steps=8) for K in (0, 3))
+    start = new_model(plain)
+    model = new_model(heads)
+    fresh = {name: w.clone() for name, w in model.heads.state_dict().items()}
+    model.load_state_dict(start.state_dict(), strict=False)              # the same trunk
+    fit(heads, model)
+    assert largest_gap(fit(plain, start), model) < 1e-10
+    torch.testing.assert_close(curve(plain.out, "ce")[:, 0], curve(heads.out, "ce")[:, 0], rtol=0, atol=1e-12)
+    assert curve(plain.out)[-1] < curve(plain.out)[0] - 0.1              # there is something to agree on
+    assert all(torch.equal(w, fresh[name]) for name, w in model.heads.state_dict().items())
+
+
+def test_beta_zero_is_plain_mtp(data, tmp_path):
+    plain = fit(config(data, tmp_path / "a", beta="0"))
+    assert same(plain, fit(config(data, tmp_path / "b", kl_start=2.0)))  # the KL never sets in
+    assert largest_gap(plain, fit(config(data, tmp_path / "c"))) > 1e-4
+    assert curve(tmp_path / "a", "kl").abs().max() == 0 < curve(tmp_path / "c", "kl").min()
+
+
+def test_the_kl_sets_in_when_asked_and_costs_nothing_before(data, tmp_path, monkeypatch):
+    seen, loss = [], train.distill.mtp_loss
+
+    def spy(hidden, *args, **options):
+        out = loss(hidden, *args, **options)
+        seen.append((options["ramp"], options["kl_hidden"] is not None, bool(out[2].any())))
+        return out
+    monkeypatch.setattr(train.distill, "mtp_loss", spy)
+    fit(config(data, tmp_path, steps=8, kl_start=0.5, kl_ramp=0.25, kl_grad="heads"))
+    assert seen == [(0, False, False)] * 5 + [(0.5, True, True)] + [(1, True, True)] * 2
+
+
+def test_learning_rate_and_ramp_at_their_corners():
+    cfg = train.TrainConfig(steps=100, warmup=10, lr=2.0, min_lr=0.1, kl_start=0.5, kl_ramp=0.2)
+    assert [train.lr_at(cfg, s) for s in (0, 4, 9, 10)] == [0.2, 1.0, 2.0, 2.0]
+    assert train.lr_at(cfg, 55) == pytest.approx(2.0 * 0.55) and train.lr_at(cfg, 100) == train.lr_at(cfg, 150) == 0.2
+    assert all(train.lr_at(cfg, s) > train.lr_at(cfg, s + 1) for s in range(10, 99))
+    assert [train.ramp_at(cfg, s) for s in (0, 49, 50, 70, 99)] == [0, 0, 0, pytest.approx(1), 1]
+    assert train.ramp_at(cfg, 60) == pytest.approx(0.5)
+    sudden = dataclasses.replace(cfg, kl_ramp=0.0, warmup=0)
+    assert [train.ramp_at(sudden, s) for s in (49, 50)] == [0, 1] and train.lr_at(sudden, 0) == 2.0
+    short = dataclasses.replace(cfg, steps=5, warmup=50)
+    assert 0 < train.lr_at(short, 4) < 2.0
+
+
+def test_optimizer_and_clipping(data, tmp_path):
+    cfg = config(data, tmp_path, weight_decay=0.5, beta2=0.9, clip=0.25)
+    model = new_model(cfg)
+    model.blocks.requires_grad_(False)
+    decayed, other = train.make_optimizer(model, cfg).param_groups
+    assert (decayed["weight_decay"], other["weight_decay"], decayed["betas"]) == (0.5, 0, (0.9, 0.9))
+    free = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for p in decayed["params"] + other["params"]} == free
+    assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in other["params"])
+
+    def norms(apart):
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        train.clip_gradients(model, dataclasses.replace(cfg, clip_apart=apart))
+        heads = sum(p.grad.square().sum() for p in model.heads.parameters())
+        whole = sum(p.grad.square().sum() for p in model.parameters())
+        return [float(x) ** 0.5 for x in (whole, heads, whole - heads)]
+    assert norms(apart=False)[0] == pytest.approx(0.25, abs=1e-5)
+    assert norms(apart=True)[1:] == pytest.approx([0.25, 0.25], abs=1e-5)
+
+
+def test_batches_are_a_function_of_seed_and_step(data, tmp_path):
+    cfg = config(data, tmp_path, batch_size=400)
+    starts = train.batch_starts(cfg, 3, 60)
+    np.random.seed(0)
+    torch.manual_seed(5)
+    again = dataclasses.replace(cfg, micro_batch=2, n_mtp=0, steps=9, lr=1.0)
+    assert (train.batch_starts(again, 3, 60) == starts).all()
+    assert set(starts) == set(range(60 - 16))                            # all windows of 17 tokens, also the last
+    assert (train.batch_starts(cfg, 4, 60) != starts).any()
+    assert (train.batch_starts(dataclasses.replace(cfg, seed=2), 3, 60) != starts).any()
+    assert not train.batch_starts(cfg, 0, 17).any()
+    ids = np.arange(60, dtype=np.uint16)
+    cut = train.windows(ids, [0, 43], 16, torch.device("cpu"))
+    assert cut.tolist() == [list(range(17)), list(range(43, 60))]
+
+
+# ---- evaluation
+
+
+@torch.no_grad()
+def slow_evaluation(model, val, cfg):
+    K, T, loss, right, kl, lengths = model.config.n_mtp, cfg.block_size, {}, {}, {}, []
+    for start in list(range(0, len(val) - T, T))[: cfg.eval_windows]:
+        window = [int(t) for t in val[start : start + T + 1]]
+        logits = [rows[0] for rows in model.all_logits(torch.tensor([window[:-1]]))]
+        for k in range(K + 1):
+            for i in range(T - k):
+                row, target = logits[k][i], window[i + k + 1]
+                loss.setdefault(k, []).append(-float(row.log_softmax(-1)[target]))
+                right.setdefault(k, []).append(float(row.argmax() == target))
+                top = logits[0][i + k].argsort()[-int(cfg.top_n):]
+                q, p = logits[0][i + k][top].softmax(-1), row[top].softmax(-1)
+                kl.setdefault(k, []).append(float((q * (q / p).log()).sum()))
+        for i in range(T - K):                                           # a round with t_0 .. t_{i+1} known
+            length = 0
+            while length < K and logits[length + 1][i].argmax() == logits[0][i + length + 1].argmax():
+                length += 1
+            lengths.append(length)
+    reached = [sum(n >= k for n in lengths) for k in range(K + 1)]
+    sums = {"loss": loss, "accuracy": right, "kl": kl}
+    out = {name: [sum(x[k]) / len(x[k]) for k in range(K + 1)] for name, x in sums.items()}
+    out["kl"] = out["kl"][1:]
+    out["ar"] = [after / before for before, after in zip(reached, reached[1:])]
+    out["car"] = [n / len(lengths) for n in reached[1:]]
+    out["tokens_per_forward"] = sum(n + 1 for n in lengths) / len(lengths)
+    return out
+
+
+def test_evaluation_against_a_slow_loop(data, tmp_path, monkeypatch):
+    cfg = config(data, tmp_path, eval_windows=11, top_n=3, dropout=0.5)   # 11 windows: more than one batch of 8
+    model = new_model(cfg, vocab=4).train()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+    val, seen, windows = np.random.default_rng(0).integers(0, 4, 500).astype(np.uint16), [], train.windows
+    monkeypatch.setattr(train, "windows", lambda ids, starts, *rest: seen.extend(starts) or windows(ids, starts, *rest))
+    first, second = (train.evaluate(model, val, cfg, torch.device("cpu"), torch.float64) for _ in range(2))
+    assert model.training and first == second                            # no counter leaks from one call into the next
+    assert seen == [16 * i for i in range(11)] * 2                       # fixed, and none overlaps another
+    want = slow_evaluation(model.eval(), val, cfg)
+    assert set(first) == set(want) and min(want["ar"]) > 0
+    for name, value in want.items():
+        assert first[name] == pytest.approx(value, abs=1e-5), name
+    short = train.evaluate(model, val[:40], cfg, torch.device("cpu"), torch.float64)  # two windows and a rest
+    assert short["loss"] == pytest.approx(slow_evaluation(model.eval(), val[:40], cfg)["loss"], abs=1e-5)
+
+
+def test_bits_per_byte_in_the_table():
+    result = {"loss": [math.log(2), 1.0], "accuracy": [0.5, 0.25], "ar": [0.8], "car": [0.8], "tokens_per_forward": 1.8}
+    text = train.table(result, {"val_bytes": 400, "val_tokens": 100})    # 1 bit a token, 4 bytes a token
+    assert "0.250 bits per byte" in text and "1.80 tokens per forward" in text and "token +2" in text
+    assert "bits per byte" not in train.table(result, {"val_bytes": None, "val_tokens": 100})
+
+
+# ---- a whole run
+
+
+def stop_at(monkeypatch, step):
+    """Ctrl-C when the batch of this step is asked for"""
+    def batch_starts(cfg, at, length, original=train.batch_starts):
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(cfg, at, length)
+    monkeypatch.setattr(train, "batch_starts", batch_starts)
+
+
+def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
+    options = {"steps": 6, "eval_every": 2, "dropout": 0.3}
+    call(monkeypatch, *flags(data, tmp_path / "whole", **options))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
+        stop_at(patch, 5)
+        call(patch, *flags(data, tmp_path / "cut", **options), main=lambda: train.run(train.main))
+    assert train.load_checkpoint(tmp_path / "cut/ckpt.pt")[1]["step"] == 4
+    torch.manual_seed(99)
+    call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")
+    (whole, a), (cut, b) = (train.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    assert same(whole, cut) and a["best_loss"] == b["best_loss"] and a["step"] == b["step"] == 6
+    for mine, other in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    rows, again = log_rows(tmp_path / "whole"), log_rows(tmp_path / "cut")   # appended: a header, then step 5 once more
+    assert [row.get("start", row.get("step")) for row in again] == [0, 1, 2, 2, 3, 4, 4, 5, 4, 5, 6, 6]
+    assert [row["loss"] for row in again[-3:-1]] == [row["loss"] for row in rows[-3:-1]] and again[-1] == rows[-1]
+
+    other = other_tokenizer(tmp_path)
+    for argv, message in [(["--steps=6"], "at step 6 of 6 already"), (["--n_mtp=3"], "--n_mtp 3 disagrees"),
+                          (["--n_layer=2", "--steps=9"], "--n_layer 2 disagrees with the checkpoint, which has 1"),
+                          ([f"--data={other}", "--steps=9"], "another tokenizer")]:
+        with pytest.raises(ValueError, match=message):
+            call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt", *argv)
+    more = ("--steps=7", "--n_layer=1", f"--out={tmp_path / 'more'}")
+    raw = torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)
+    torch.save({**raw, "best_loss": 0.5}, tmp_path / "better.pt")        # it was better once
+    call(monkeypatch, "--resume", tmp_path / "better.pt", *more)
+    meta = train.load_checkpoint(tmp_path / "more/ckpt.pt")[1]
+    assert (meta["step"], meta["best_loss"]) == (7, 0.5)
+
+
+def other_tokenizer(tmp_path):
+    (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
+    return P.prepare(tmp_path / "other.txt", "bpe:260", tmp_path / "other", quiet=True)
+
+
+def test_log_checkpoint_and_json(data, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, *flags(data, tmp_path, steps=5, log_every=2, eval_every=3), "--json")
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    header, *rows = log_rows(tmp_path)
+    assert set(header) == {"config", "model", "parameters", "start", "commit", "torch", "device", "data_sha256"}
+    meta = json.loads((data / "meta.json").read_text(encoding="utf-8"))
+    assert (header["data_sha256"], header["config"]["steps"], header["torch"]) == (meta["sha256"], 5, torch.__version__)
+    assert [row["step"] for row in rows] == [2, 3, 3, 4, 5, 5] and rows[-1]["val"] == result
+    assert len(rows[0]["ce"]) == 3 and len(rows[0]["kl"]) == 2
+    assert "bits per byte" in out and "a sample at temperature" in out
+    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert set(raw) >= {"config", "model", "tokenizer", "optimizer", "step", "rng", "train_config", "best_loss"}
+    assert not any("_orig_mod" in name for name in raw["model"]) and raw["train_config"]["steps"] == 5
+    model, loaded = train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert not model.training and model.weight.dtype == torch.float64 and loaded["tokenizer"] == {"kind": "bytes"}
+    assert same(model, fit(config(data, tmp_path / "b", steps=5)))       # the command and fit() agree
+
+
+@pytest.mark.parametrize("changes", [{"n_mtp": 0}, {"block_size": 3}, {"block_size": 2, "n_mtp": 1},
+                                     {"block_size": 1, "n_mtp": 0}])
+def test_the_closing_sample_of_tiny_models(data, tmp_path, monkeypatch, capsys, changes):
+    call(monkeypatch, *flags(data, tmp_path, **{**changes, "steps": 1}))
+    assert "tokens per forward" in capsys.readouterr().out
+
+
+def test_two_processes_equal_one(two_processes, data, tmp_path):
+    process, out = two_processes
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    whole = config(data, tmp_path, **DDP)
+    assert largest_gap(fit(whole), train.load_checkpoint(out / "ckpt.pt")[0]) < 1e-9
+    assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3] and said.count("bits per byte") == 1
+
+
+DDP = {"steps": 3, "alpha": "0.3,0", "beta": "0.5,0"}                    # a head that gets no gradient: DDP expects one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processes(data, tmp_path_factory):
+    """begun first and read last, for it takes a while to import torch"""
+    out = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    argv = [sys.executable, __file__, *flags(data, out, **DDP, micro_batch=2)]
+    with subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        yield process, out
+        process.kill()
+
+
+def ddp_worker(rank):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    train.main()
+
+
+# ---- flags
+
+
+def test_help_tells_every_flag_with_its_default(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "-h")
+    text = "".join(capsys.readouterr().out.split())                      # argparse breaks lines where it likes
+    assert stop.value.code == 0 and "--resume" in text and "--bench" in text
+    for f in dataclasses.fields(train.TrainConfig):
+        assert "".join(f"{f.metadata['help']} (default {f.default!r})".split()) in text, f.name
+        assert f"--{f.name}" in text
+
+
+def test_defaults_then_preset_then_flags(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = train.make_config({"n_layer": 2, "lr": 0.5})
+    assert (cfg.preset, cfg.out, cfg.n_layer, cfg.lr) == ("tiny", "out/tiny", 2, 0.5)
+    assert (cfg.n_embd, cfg.weight_decay) == (128, 0.1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.make_config({}).preset == "small" and train.make_config({"preset": "gpt2"}).beta2 == 0.95
+    assert train.make_config({"preset": "tiny"}).tokenizer == "bpe:2048"
+    assert train.make_config({"preset": "tiny", "data": "mine"}).tokenizer == ""     # learned for another text
+    assert train.make_config({"preset": "tiny", "data": "mine", "tokenizer": "bytes"}).tokenizer == "bytes"
+    switch = [("--json", {"action": "store_true"})]
+    given, rest = train.parse(train.TrainConfig, "", switch, ["--no-detach_teacher", "--steps", "7"])
+    assert given == {"detach_teacher": False, "steps": 7} and rest == {"json": False}
+    for preset in train.PRESETS:
+        assert train.make_config({"preset": preset}).out == f"out/{preset}"
+
+
+def test_weights_of_the_heads():
+    assert train.weights(train.TrainConfig(n_mtp=3, alpha="0.3", beta="1,0.5, 0")) == [[0.3] * 3, [1, 0.5, 0]]
+    assert train.weights(train.TrainConfig(n_mtp=0)) == [[], []]
+
+
+@pytest.mark.parametrize("given,message", [
+    ({"preset": "huge"}, "preset 'huge'; choose one of tiny"), ({"kl": "js"}, "--kl is 'js'; choose one of forward"),
+    ({"kl_grad": "x"}, "--kl_grad"), ({"compile": "yes"}, "--compile"), ({"dtype": "float8"}, "--dtype"),
+    ({"steps": -1}, "--steps is -1"), ({"steps": 0}, "--steps"), ({"batch_size": 0}, "--batch_size is 0"),
+    ({"eval_every": 0}, "--eval_every"), ({"eval_windows": 0}, "--eval_windows"), ({"log_every": 0}, "--log_every"),
+    ({"warmup": -1}, "--warmup"), ({"micro_batch": -1}, "--micro_batch"),
+    ({"micro_batch": 3}, "--batch_size 8 .* --micro_batch 3"), ({"alpha": "a"}, "--alpha is 'a'"),
+    ({"alpha": "1,2,3"}, "--alpha is .*2 heads"), ({"beta": "-1"}, "--beta"), ({"beta": "nan"}, "--beta"),
+    ({"beta": "inf"}, "--beta"), ({"beta": ""}, "--beta"), ({"top_n": 0.0}, "top_n is 0"), ({"top_n": 2.5}, "top_n"),
+    ({"n_mtp": -1}, "n_mtp is -1|--alpha"), ({"n_head": 3}, "n_embd"), ({"n_mtp": 16}, "block_size"),
+    ({"device": "banana"}, "--device"), ({"data": "no-such-text"}, "no-such-text"),
+])
+def test_bad_flags(data, tmp_path, monkeypatch, given, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call(monkeypatch, *flags(**{"data": data, "out": tmp_path / "out", **given}))
+    assert not (tmp_path / "out/ckpt.pt").exists()
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert train.pick_device("auto").type == "cpu" and train.pick_dtype("auto", torch.device("cpu"))[0] == torch.float32
+    for name in ("cuda", "mps"):
+        with pytest.raises(ValueError, match=f"--device is '{name}'"):
+            train.pick_device(name)
+
+
+# ---- bad data
+
+
+def test_bad_data_sets(data, tmp_path, monkeypatch):
+    for text, message in [("ab" * 8, "training text has 14 tokens.*17"),
+                          ("ab" * 40, "validation text has 8 tokens.*--block_size")]:
+        with pytest.raises(ValueError, match=message):
+            train.open_data(config(make_data(tmp_path, text), tmp_path / "out"))
+    folder = make_data(tmp_path)
+    ids = np.fromfile(folder / "val.bin", dtype="<u2")
+    ids[3] = 300
+    ids.tofile(folder / "val.bin")
+    with pytest.raises(ValueError, match="holds the id 300"):
+        train.open_data(config(folder, tmp_path / "out"))
+    (folder / "meta.json").unlink()
+    with pytest.raises(FileNotFoundError, match="meta.json is missing"):
+        train.open_data(config(folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", ""])
+def test_own_text_is_the_text_of_now(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))   # prepared sets lie beside the script
+    monkeypatch.setattr(P, "HERE", tmp_path / "data")
+    for name, text in (("a", TEXT), ("b", TEXT[1:] * 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my.txt").write_text(text, encoding="utf-8")
+    cfg = [config(tmp_path / name / "my.txt", tmp_path, tokenizer=tokenizer) for name in "ab"]
+    one, two = (train.open_data(c)[2] for c in cfg)
+    assert one["sha256"] != two["sha256"]                                # two files of one name are two texts
+    monkeypatch.setenv("RANK", "1")                                      # the process that only waits must not write
+    monkeypatch.setattr(train, "prepare", None)
+    assert train.open_data(cfg[1])[2] == two
+
+
+# ---- checkpoints: bad ones, and what happens when writing one fails
+
+
+def test_bad_checkpoints(data, tmp_path, monkeypatch):
+    cfg = config(data, tmp_path, steps=1)
+    fit(cfg)
+    path = tmp_path / "ckpt.pt"
+    whole = path.read_bytes()
+    (tmp_path / "text.pt").write_text("once upon a time", encoding="utf-8")
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name, message in [("text", "can't be read"), ("cut", "cut short"), ("foreign", "not a checkpoint"),
+                          ("list", "not a checkpoint"), ("none", "no checkpoint at")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            call(monkeypatch, "--resume", tmp_path / f"{name}.pt")
+    raw = torch.load(path, weights_only=True)
+    del raw["model"]["norm.weight"]
+    torch.save(raw, tmp_path / "lacks.pt")
+    with pytest.raises(RuntimeError, match="norm.weight"):
+        train.load_checkpoint(tmp_path / "lacks.pt")
+    monkeypatch.setattr(GPT, "load_state_dict", lambda *args: None)      # a load that does nothing can't pass for one
+    assert all(w.isnan().all() for w in train.load_checkpoint(path)[0].parameters())
+
+
+def full_disk(error):
+    def save(what, path):
+        Path(path).write_bytes(b"half")
+        signal.raise_signal(signal.SIGINT) if error is KeyboardInterrupt else None
+        raise error("no space left on device")
+    return save
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_save_keeps_the_old_checkpoint(data, tmp_path, monkeypatch, error):
+    shown = OSError if error is RuntimeError else error
+    model = new_model(config(data, tmp_path))
+    path = tmp_path / "deep" / "ckpt.pt"
+    train.save_checkpoint(path, model, step=1)
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", full_disk(error))                 # torch says RuntimeError when the disk is full
+    with pytest.raises(shown, match="free some space" if shown is OSError else None):
+        train.save_checkpoint(path, model, step=2)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_real_limit_on_the_file_size(data, tmp_path):
+    resource = pytest.importorskip("resource")                           # not on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        with pytest.raises(OSError, match="free some space"):
+            train.save_checkpoint(tmp_path / "ckpt.pt", new_model(config(data, tmp_path)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
+    calls, loss = [], train.distill.mtp_loss
+
+    def spoiled(*args, **options):
+        calls.append(1)
+        value, ce, kl = loss(*args, **options)
+        return value * (math.nan if len(calls) == 5 else 1), ce, kl
+    monkeypatch.setattr(train.distill, "mtp_loss", spoiled)
+    cfg = config(data, tmp_path, steps=8, eval_every=4, log_every=2)
+    rate = f"{train.lr_at(cfg, 4):.2e}"
+    with pytest.raises(FloatingPointError, match=rf"nan at step 4 \(learning rate {rate}\).*--lr"):
+        fit(cfg)
+    model, meta = train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert meta["step"] == 4 and all(w.isfinite().all() for w in model.parameters())
+
+
+@pytest.mark.parametrize("eval_every", [1, 2, 3, 4])
+def test_a_diverged_model_is_never_saved(data, tmp_path, eval_every):
+    with pytest.raises(FloatingPointError, match="--lr"):                # be it a loss or an evaluation that shows it
+        fit(config(data, tmp_path, steps=8, lr=1e200, eval_every=eval_every))
+    if (tmp_path / "ckpt.pt").exists():
+        assert all(w.isfinite().all() for w in train.load_checkpoint(tmp_path / "ckpt.pt")[0].parameters())
+
+
+def test_errors_end_in_one_line_and_an_exit_code(data, tmp_path, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore lines")
+    monkeypatch.setattr(train, "fit", out_of_memory)
+    for argv, message in [(flags(data, tmp_path), "out of memory .*9 GiB.*--micro_batch"),
+                          (["--preset=huge"], "^train.py: unknown preset")]:
+        with pytest.raises(SystemExit, match=message) as stop:           # a text: Python prints it and exits with 1
+            call(monkeypatch, *argv, main=lambda: train.run(train.main))
+        assert "\n" not in stop.value.code
+    monkeypatch.setattr(sys, "argv", ["train.py", "--kl", "js"])
+    with pytest.raises(SystemExit, match="^train.py: --kl is 'js'"):
+        runpy.run_path(str(REPO / "train.py"), run_name="__main__")
+
+
+# ---- torch.compile
+
+
+@pytest.mark.parametrize("mode", ["model", "blocks"])
+@pytest.mark.parametrize("how", ["works", "raises", "raises_mute", "fails_later", "kernels_fail"])
+def test_training_goes_on_without_torch_compile(data, tmp_path, monkeypatch, capsys, mode, how):
+    def broken(*args, **options):
+        raise RuntimeError("no Triton here\nmore lines") if how != "raises_mute" else AssertionError
+
+    def compile_module(self, **options):
+        if how.startswith("raises"):
+            broken()
+        self._compiled_call_impl = broken if how == "fails_later" else None
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    monkeypatch.setattr(torch, "compile", lambda kernel, **options: broken if how == "kernels_fail" else kernel)
+    model = fit(config(data, tmp_path / mode, compile=mode))
+    said = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
+    assert len(said) == (how != "works") and all("going on without it" in line and "more" not in line for line in said)
+    assert same(model, fit(config(data, tmp_path / "off")))
+
+
+if __name__ == "__main__":                                               # the fixture two_processes
+    import torch.multiprocessing
+    torch.set_num_threads(1)
+    fork = "fork" if sys.platform == "linux" else "spawn"                # torch is imported: forked, it is so in both
+    torch.multiprocessing.start_processes(ddp_worker, nprocs=2, start_method=fork)
