@@ -14,8 +14,8 @@ One round, with t_0 .. t_n known and h^0 verified up to position n-1:
     accept   keep d_1 .. d_a while the rule says so, and emit one more token from row a: a+1 tokens for one forward
     rollback nothing to do: caches are indexed by position, and the next round overwrites what was refused
 
-Row i of head k consumed Emb(t_{i+k}), which for the last k-1 rows was a draft. So every head runs again over the 2K rows
-that may have changed since they were last verified; its guess is the same as without any cache.
+Row i of head k consumed Emb(t_{i+k}), which for the last k-1 rows was a draft. So every head runs again over the K+1 rows
+that may have changed since they were last right; its guess is the same as without any cache.
 
 Symbols: B batch, K heads used, V vocabulary, p target law (main head), q draft law (MTP head), d draft, y emitted token.
 """
@@ -55,7 +55,7 @@ def probabilities(logits, temperature, top_k=None):
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    return (logits / temperature).softmax(-1)
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)    # no overflow at tiny temperatures
 
 
 # -----------------------------------------------------------------------------
@@ -129,6 +129,8 @@ def rates(histogram):
 @torch.no_grad()
 def acceptance(model, tokens):
     """tokens (B, T) of some text -> (AR, CAR), K numbers each, against the main head's own argmax, teacher-forced"""
+    if tokens.size(1) <= model.config.n_mtp:
+        raise ValueError(f"got {tokens.size(1)} tokens; the acceptance of {model.config.n_mtp} heads needs at least {model.config.n_mtp + 1}")
     lengths = accepted_lengths([logits.argmax(-1) for logits in model.all_logits(tokens)])
     return rates(torch.bincount(lengths.flatten(), minlength=model.config.n_mtp + 1).tolist())
 
@@ -180,7 +182,7 @@ class Decoder:
         self.n, self.limit, self.done = zeros + 1, zeros + length - 1, zeros.bool()
         self.accepted, self.emitted = torch.zeros(heads + 1, dtype=torch.long, device=weight.device), zeros.clone()
         self.row = torch.arange(batch, device=weight.device)[:, None]
-        self.back = torch.arange(-2 * heads, 0, device=weight.device)       # offsets of the rows that draft() rebuilds
+        self.back = torch.arange(-heads - 1, 0, device=weight.device)       # offsets of the rows that draft() rebuilds
         self.ahead = torch.arange(heads + 1, device=weight.device)          # .. and of those that verify() reads
         if compile:
             self.compile()
@@ -241,8 +243,10 @@ class Decoder:
 
     def draft(self):
         """heads 1 .. K guess d_1 .. d_K into buffer[n+1 ..] -> their laws q, (B, K, V)"""
-        # rows n-2K .. n-1. After the last round, head k's rows were verified up to n'-k (row i needs token i+k), and n
-        # is at most n'+K+1: what has changed since is in here. Near the start of a text, row 0 is done repeatedly
+        # rows n-K-1 .. n-1. The last round began at n' = n-a-1, and left head k's row i < n' right if it consumed no
+        # refused draft: i+k < n. So max(a+1, k) rows are new or wrong. Near the start of a text, row 0 is done repeatedly
+        if not self.heads:
+            return None
         pos = (self.n[:, None] + self.back).clamp_min(0)
         where, laws = self.model.where(self.cache, pos), []
         for k in range(1, self.heads + 1):
@@ -334,10 +338,11 @@ def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top
     check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept)
     length = min(model.config.block_size, max(map(len, prompts)) + max_new_tokens)
     training, _ = model.training, model.eval()
-    decoder = Decoder(model, len(prompts), length, heads, temperature, top_k, accept, stop_token, generator, compile)
-    out = run_decoder(decoder, prompts, max_new_tokens, watch)
-    model.train(training)
-    return out
+    try:
+        decoder = Decoder(model, len(prompts), length, heads, temperature, top_k, accept, stop_token, generator, compile)
+        return run_decoder(decoder, prompts, max_new_tokens, watch)
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

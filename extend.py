@@ -52,7 +52,7 @@ def freeze_all_but(model, heads):
 @dataclasses.dataclass
 class ExtendConfig:
     heads: int = train.knob(0, "how many MTP heads the new model has; 0: twice as many")
-    steps: int = train.knob(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained the checkpoint")
+    steps: int = train.knob(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained the first heads")
     out: str = train.knob("", "folder for ckpt.pt and log.jsonl; empty: the checkpoint's folder with -HEADS added")
     one_at_a_time: bool = train.knob(False, "train the new heads one after the other, not as a group (the paper's way)")
     data: str = train.knob("", "data-set folder or source; empty: the one that the checkpoint was trained on")
@@ -60,6 +60,7 @@ class ExtendConfig:
     beta: str = train.knob("", "weight of the KL to the main head; empty: the checkpoint's")
     batch_size: int = train.knob(0, "windows per step; 0: the checkpoint's")
     micro_batch: int = train.knob(-1, "windows per forward; -1: the checkpoint's")
+    eval_every: int = train.knob(0, "steps between evaluations, each with a checkpoint; 0: the checkpoint's")
     eval_windows: int = train.knob(0, "validation windows; 0: the checkpoint's")
     seed: int = train.knob(0, "seed of the batches; 0: the checkpoint's")
     device: str = train.knob("auto", "cpu | cuda | mps")
@@ -70,14 +71,15 @@ def extension_config(meta, model, given, m):
     """the checkpoint's train config, changed for training heads m+1 .. of `model`"""
     flags = dataclasses.asdict(ExtendConfig(**given))
     base = train.TrainConfig(**meta["train_config"])
-    steps = flags["steps"] if flags["steps"] >= 0 else max(1, base.steps // 5)
-    kept = {name: flags[name] for name in ("data", "lr", "beta", "batch_size", "eval_windows", "seed") if flags[name]}
+    first = meta.get("extension", {}).get("first_steps", base.steps)       # of the training that made the first heads
+    steps = flags["steps"] if flags["steps"] >= 0 else max(1, first // 5)
+    kept = {name: flags[name] for name in ("data", "lr", "beta", "batch_size", "eval_every", "eval_windows", "seed") if flags[name]}
     if flags["micro_batch"] >= 0:
         kept["micro_batch"] = flags["micro_batch"]
     elif "batch_size" in kept:
         kept["micro_batch"] = 0
     cfg = dataclasses.replace(base, **kept, n_mtp=m, out=flags["out"], device=flags["device"], compile=flags["compile"], steps=steps,
-                              warmup=min(base.warmup, steps // 10), eval_every=max(1, steps),
+                              warmup=min(base.warmup, steps // 10),
                               kl_start=0.0, kl_ramp=0.0)       # the teacher is trained and frozen: learn from it at once
     alpha, beta = train.weights(cfg)
     cfg.n_mtp = model.config.n_mtp
@@ -130,9 +132,10 @@ def main():
         new = list(range(m, n))
         sources = meta.get("extension", {}).get("copied_from", [0] * m)
         plan = dict(from_heads=m, copied_from=sources + [k % m + 1 for k in new], stages=[[k] for k in new] if flags.one_at_a_time else [new],
-                    stage=0, alpha=cfg.alpha, beta=cfg.beta)
+                    stage=0, alpha=cfg.alpha, beta=cfg.beta,
+                    first_steps=meta.get("extension", {}).get("first_steps", meta["train_config"]["steps"]))
         if flags.one_at_a_time:
-            cfg.steps = cfg.eval_every = -(-cfg.steps // len(new))
+            cfg.steps = -(-cfg.steps // len(new))
     data, val, data_meta = train.open_data(cfg)
     if data_meta["tokenizer"] != meta["tokenizer"]:
         raise ValueError(f"{cfg.data} was made with another tokenizer than {path}: pass --data with the set it was trained on")

@@ -166,9 +166,10 @@ def test_greedy_text_is_that_of_plain_decoding(K):
 def test_cached_drafts_texts_and_counts_equal_those_by_hand(K, monkeypatch):
     # 1-token prompts: the first round has n = 1 < K, so a head's rows reach back past the start of the text
     seen, lengths, early = spy_on_rounds(monkeypatch), torch.zeros(K + 1, dtype=torch.long), 0
-    for seed in range(5):
+    for seed in range(6):
         random_one = make_model(3, 8 + K, K, layers=2, seed=seed + 50 * K)
-        model = counting_model(K, 8 + K, 0.02 * (3 + seed), seed) if seed % 2 else random_one
+        noise = 0.3 / (6 - seed) if K > 1 else 0.3         # much noise: one stale row is then enough to change a draft
+        model = counting_model(K, 8 + K, noise, seed) if seed % 2 else random_one
         prompts = [[1], [0, 1, 2, 0, 1, 2][: 1 + seed], [0, 1, 2] * 2]
         stats, starts = assert_same_as_by_hand(model, prompts, 99, {2: 2, 3: 2, 4: 0}.get(seed), seen)
         lengths += torch.tensor(stats.accepted)

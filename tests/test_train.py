@@ -435,6 +435,8 @@ def test_own_text_is_the_text_of_now(tmp_path, monkeypatch, tokenizer):
     cfg = [config(tmp_path / name / "my.txt", tmp_path, tokenizer=tokenizer) for name in "ab"]
     one, two = (train.open_data(c)[2] for c in cfg)
     assert one["sha256"] != two["sha256"]                                # two files of one name are two texts
+    (tmp_path / "a/my.txt").write_text("now " + TEXT, encoding="utf-8")
+    assert train.open_data(cfg[0])[2]["sha256"] not in (one["sha256"], two["sha256"])
     monkeypatch.setenv("RANK", "1")                                      # the process that only waits must not write
     monkeypatch.setattr(train, "prepare", None)
     assert train.open_data(cfg[1])[2] == two
