@@ -365,7 +365,8 @@ def micro_step(net, model, cfg, tokens, ramp, share):
     hidden = net(tokens[:, :-1], cut_heads=cut)
     hidden, kl_hidden = hidden if cut else (hidden, None)
     loss, ce, kl = distill.mtp_loss(hidden, model.weight, tokens[:, 1:], alpha=alpha, beta=beta, ramp=ramp, top_n=cfg.top_n,
-                                    kl=cfg.kl, detach_teacher=cfg.detach_teacher, kl_hidden=kl_hidden)
+                                    kl=cfg.kl, detach_teacher=cfg.detach_teacher, kl_hidden=kl_hidden,
+                                    chunk_logits=2**28 if tokens.is_cuda else 2**21)    # a CPU's cache is small
     (loss * share).backward()
     return torch.cat((loss.detach()[None], ce, kl)) * share
 

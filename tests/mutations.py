@@ -1,0 +1,238 @@
+"""
+mutations.py: mistakes that people really make in this kind of code, put into a copy of it on purpose. The tests must notice.
+
+    python tests/mutations.py            each mistake in turn: caught, or SURVIVED (minutes)
+    python tests/mutations.py 3 7        these two
+    python tests/mutations.py --list     the table, nothing is run
+
+A mutation is (what went wrong, file, snippet, what the mistake makes of it, tests that must fail). The snippet occurs
+exactly once in its file. Each test named must fail, or at least one of its cases where no [case] is named; a test that can't
+be found or imported doesn't count as a failure. Before that, the same tests must all pass on the code as it is.
+Add yours to the list. To see one by hand: make the change in your editor, run the tests, take it back with git.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MUTATIONS = [
+    # ---- model.py: who sees what
+    ("a leak: every row sees the whole text, and all heads look equally good", "model.py",
+     "is_causal=True, dropout_p", "is_causal=False, dropout_p",
+     ["test_model.py::test_changing_a_token_changes_nothing_before_it"]),
+    ("[emb ; h] instead of [h ; emb]: a checkpoint trained the other way round decodes badly", "model.py",
+     "torch.cat((self.norm_hidden(hidden), self.norm_embed(embed)), dim=-1)",
+     "torch.cat((self.norm_embed(embed), self.norm_hidden(hidden)), dim=-1)",
+     ["test_model.py::test_all_logits_equal_the_loop_reference[1]"]),
+    ("head k gets the token before its own, t_{i+k-1}", "model.py",
+     "embed[:, k:], self.angles(T))", "embed[:, k - 1 : -1], self.angles(T))",
+     ["test_model.py::test_a_row_sees_exactly_the_tokens_before_its_target"]),
+    ("every head reads the trunk, so there is no cascade", "model.py",
+     "head(states[-1][:, :T]", "head(states[0][:, :T]",
+     ["test_model.py::test_all_logits_equal_the_loop_reference[3]"]),
+    ("[Module()] * n: K names for one head", "model.py",
+     "nn.ModuleList(MTPHead(config) for _ in range(config.n_mtp))", "nn.ModuleList([MTPHead(config)] * config.n_mtp)",
+     ["test_model.py::test_heads_share_no_weights_and_the_embedding_is_the_output_head"]),
+    ("kl_grad='heads', but the heads' gradient still reaches the trunk", "model.py",
+     "self.cascade(h0.detach(), embed.detach())", "self.cascade(h0, embed.detach())",
+     ["test_model.py::test_forward_with_cut_heads_gives_the_same_values_and_no_gradient_to_the_trunk"]),
+
+    # ---- model.py: the cache
+    ("is_causal=True with a cache: wrong as soon as the queries are fewer than the keys", "model.py",
+     "y = score.softmax(-1) @ values", "y = F.scaled_dot_product_attention(q, keys, values, is_causal=True)",
+     ["test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward[0]"]),
+    ("one slot too many is visible: the stale one, of a refused draft", "model.py",
+     "cache.slot > pos[:, None, :, None]", "cache.slot > pos[:, None, :, None] + 1",
+     ["test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward[0]"]),
+    ("the first sequence's mask serves all: exact at batch 1, wrong at batch 4", "model.py",
+     "cache.slot > pos[:, None, :, None]", "cache.slot > pos[:1, None, :, None]",
+     ["test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward[0]",
+      "test_decode.py::test_greedy_text_is_that_of_plain_decoding[2]"]),
+    ("while drafting, rotary positions count from the start of the window", "model.py",
+     "self.rope[:, pos].unsqueeze(2)", "self.rope[:, pos - pos[:, :1]].unsqueeze(2)",
+     ["test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward[0]",
+      "test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[2]"]),
+
+    # ---- distill.py
+    ("labels shifted once too often", "distill.py",
+     "targets[:, K:].reshape(-1), chunk", "targets[:, K - 1 : -1].reshape(-1), chunk",
+     ["test_distill.py::test_a_head_that_says_what_the_main_head_says_of_the_same_token_is_taught_nothing",
+      "test_distill.py::test_the_comparison_sees_labels_or_a_teacher_shifted_by_one"]),
+    ("heads compared at the same position, not at the same target", "distill.py",
+     "rows = [hidden[k][:, K - k : T - k]", "rows = [hidden[k][:, : T - K]",
+     ["test_distill.py::test_a_head_that_says_what_the_main_head_says_of_the_same_token_is_taught_nothing"]),
+    ("wrong denominator: a mean over positions that a head doesn't have", "distill.py",
+     "torch.tensor([B * T] + [C]", "torch.tensor([B * T] + [B * T]",
+     ["test_distill.py::test_everything_is_a_mean"]),
+    ("the teacher is not detached: the main head drifts towards its heads", "distill.py",
+     "if not detach_teacher: ", "if True: ",
+     ["test_distill.py::test_detach_keeps_the_teacher_out"]),
+    ("the top N are the student's", "distill.py",
+     "top = teacher.topk(", "top = student.topk(",
+     ["test_distill.py::test_five_words_worked_by_hand"]),
+    ("KL the wrong way round, as happens with the arguments of F.kl_div", "distill.py",
+     "F.log_softmax(teacher, dim=-1), F.log_softmax(student, dim=-1)", "F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)",
+     ["test_distill.py::test_five_words_worked_by_hand"]),
+    ("sums over a bf16 vocabulary in bf16", "distill.py",
+     "return x if x.dtype == torch.float64 else x.float()", "return x",
+     ["test_distill.py::test_bf16_logits_are_reduced_in_float32[forward]"]),
+    ("the last, shorter chunk is forgotten", "distill.py",
+     "range(0, len(targets), chunk)", "range(0, len(targets) - chunk + 1, chunk)",
+     ["test_distill.py::test_a_ragged_last_chunk_and_how_many_logits_are_alive"]),
+    ("all K logits alive at once: right, but out of memory on a real vocabulary", "distill.py",
+     "pieces = max(1, -(-targets * row_logits // at_most))", "pieces = 1",
+     ["test_distill.py::test_chunks_cover_all_targets_and_stay_small"]),
+
+    # ---- decode.py: the accept rules
+    ("p and q swapped in the accept rule", "decode.py",
+     "coin(pd / qd, generator)", "coin(qd / pd, generator)",
+     ["test_decode.py::test_each_rule_emits_the_target_law_and_accepts_as_often_as_it_says[residual-random]"]),
+    ("after a refusal emit from p, not from (p - q)+", "decode.py",
+     "rest = (p[:, :-1] - q).clamp_min(0)", "rest = p[:, :-1]",
+     ["test_decode.py::test_each_rule_emits_the_target_law_and_accepts_as_often_as_it_says[residual-random]"]),
+    ("no guard for 0/0 where p == q", "decode.py",
+     "rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, :-1])", "rest = rest",
+     ["test_decode.py::test_a_refusal_that_only_rounding_can_cause_still_emits_a_possible_token"]),
+    ("an argmax draft is judged as if it had been drawn from q", "decode.py",
+     "d = draw(laws[-1], self.generator)", "d = logits.argmax(-1)",
+     ["test_decode.py::test_texts_with_true_randomness_follow_the_law_and_the_seed[residual]"]),
+    ("reseeded before every draw: each number is random, the text is not", "decode.py",
+     "exponential_(generator=generator)", "exponential_(generator=torch.Generator().manual_seed(0))",
+     ["test_decode.py::test_draw_and_coin_follow_their_weights"]),
+    ("the bonus token after full acceptance comes from row K-1, not from row K", "decode.py",
+     " y = pick(y, a)\n", " y = pick(y, a.clamp_max(K - 1))\n",
+     ["test_decode.py::test_greedy_text_is_that_of_plain_decoding[2]"]),
+
+    # ---- decode.py: the loop
+    ("rows that were built from refused drafts are not rebuilt", "decode.py",
+     "(self.n[:, None] + self.back)", "(self.n[:, None] + self.back[-1:])",
+     ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[2]"]),
+    ("after full acceptance head 1 lacks the keys and values of the last round's first row", "decode.py",
+     "(self.n[:, None] + self.back)", "(self.n[:, None] + self.back[-self.heads :])",
+     ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[1]",
+      "test_decode.py::test_the_law_a_draft_is_drawn_from_is_that_of_its_head"]),
+    ("the text goes on after a stop token inside an accepted block", "decode.py",
+     "count = torch.minimum(count, first)", "count = count",
+     ["test_decode.py::test_what_is_cut_from_an_accepted_block_is_neither_text_nor_count"]),
+    ("drafts cut off by the stop token or by max_new_tokens still count as accepted", "decode.py",
+     "torch.minimum(a, count).clamp_min(0)", "a",
+     ["test_decode.py::test_what_is_cut_from_an_accepted_block_is_neither_text_nor_count"]),
+    ("a finished sequence of a batch goes on counting", "decode.py",
+     "active = ~self.done\n", "active = torch.ones_like(self.done)\n",
+     ["test_decode.py::test_what_is_cut_from_an_accepted_block_is_neither_text_nor_count"]),
+    ("no slots for a draft that overshoots the end of the context", "decode.py",
+     "slots = length + heads + 1", "slots = length + 1",
+     ["test_decode.py::test_the_end_of_the_context_is_reached_and_not_passed"]),
+    ("counters are not reset between two calls", "decode.py",
+     "self.accepted.zero_()", "pass",
+     ["test_decode.py::test_a_decoder_used_again_remembers_nothing"]),
+    ("acceptance against the text's own tokens, not the main head's choice", "decode.py",
+     "accepted_lengths([logits.argmax(-1) for logits in model.all_logits(tokens)])",
+     "accepted_lengths([tokens.roll(-1, 1)] + [logits.argmax(-1) for logits in model.all_logits(tokens)[1:]])",
+     ["test_decode.py::test_acceptance_equals_a_loop_over_positions[3]"]),
+    ("a head counts as accepted although an earlier one was refused", "decode.py",
+     "ok = ok * (choices", "ok = (choices",
+     ["test_decode.py::test_acceptance_of_a_handmade_example"]),
+
+    # ---- train.py
+    ("gradients of micro-batches are added up, not averaged", "train.py",
+     "(loss * share).backward()", "loss.backward()",
+     ["test_train.py::test_accumulation_does_not_change_the_result"]),
+    ("a checkpoint is written in place: an interrupted write leaves half of it", "train.py",
+     "**meta}, part)", "**meta}, path)",
+     ["test_train.py::test_an_interrupted_save_keeps_the_old_checkpoint"]),
+    ("resuming forgets the state of the random numbers", "train.py",
+     'torch.set_rng_state(state["rng"]["cpu"].cpu())', "pass",
+     ["test_train.py::test_resume_equals_uninterrupted"]),
+    ("the weights of a compiled model are saved with the prefix _orig_mod.", "train.py",
+     "model.state_dict(), **meta}", '{"_orig_mod." + name: w for name, w in model.state_dict().items()}, **meta}',
+     ["test_train.py::test_log_checkpoint_and_json"]),
+    ("a checkpoint that lacks weights loads without a word", "train.py",
+     'load_state_dict(meta.pop("model"))', 'load_state_dict(meta.pop("model"), strict=False)',
+     ["test_train.py::test_bad_checkpoints"]),
+
+    # ---- extend.py and data/
+    ("a looped head is the old head itself, not a copy", "extend.py",
+     "    new.load_state_dict(state)\n",
+     "    new.load_state_dict(state)\n    new.heads = torch.nn.ModuleList(new.heads[k % m] for k in range(n_mtp))\n",
+     ["test_extend.py::test_heads_are_copied_and_not_shared"]),
+    ("every new head is a copy of the last one", "extend.py",
+     "model.heads[k % m].state_dict()", "model.heads[m - 1].state_dict()",
+     ["test_extend.py::test_heads_are_copied_and_not_shared"]),
+    ("trunk and old heads are not frozen during the extension", "extend.py",
+     "model.requires_grad_(False)", "pass",
+     ["test_extend.py::test_training_moves_the_new_heads_alone"]),
+    ("whatever a server sends is kept as data, be it an error page", "data/download.py",
+     "        check(part)\n", "        pass\n",
+     ["test_prepare.py::test_a_wrong_shard_is_never_kept"]),
+    ("token ids are not checked against the vocabulary", "data/prepare.py",
+     'if splits[-1].max() >= meta["vocab_size"]:', "if False:",
+     ["test_prepare.py::test_load_refuses_a_damaged_data_set"]),
+]
+
+
+def named(mutations):
+    """all tests that these mutations name, each once"""
+    return list(dict.fromkeys(test for *_, tests in mutations for test in tests))
+
+
+def copy_to(folder):
+    """the code and its tests alone: no data sets, checkpoints, caches"""
+    for pattern in ("*.py", "*.toml", "data/*.py", "tests/*.py", "results/*.py"):
+        for path in ROOT.glob(pattern):
+            target = Path(folder) / path.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+
+
+def run(folder, tests):
+    """-> pytest's output; it ends with `N passed in ..`, or with a line `FAILED tests/..` for each failure before that"""
+    command = [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+                          capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=600)
+    return done.stdout + done.stderr
+
+
+def check(file, snippet, mistake, tests):
+    """-> "caught", or what happened instead"""
+    with tempfile.TemporaryDirectory() as folder:  # a fresh copy each: Python might take what it cached of the last one
+        copy_to(folder)
+        source = (Path(folder) / file).read_text(encoding="utf-8")
+        if source.count(snippet) != 1:
+            return f"SNIPPET NOT FOUND once, but {source.count(snippet)} times"
+        (Path(folder) / file).write_text(source.replace(snippet, mistake), encoding="utf-8")
+        output = run(folder, tests)
+    missing = [test for test in tests if f"FAILED tests/{test}" not in output]
+    return f"SURVIVED {', '.join(missing)}: {output.strip().splitlines()[-1]}" if missing else "caught"
+
+
+def main(numbers):
+    """-> how many were not caught"""
+    chosen, begin = [MUTATIONS[n] for n in numbers], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy_to(folder)
+        output = run(folder, named(chosen))
+    if "FAILED" in output or "ERROR" in output:
+        print(f"{output}\nthese tests must pass on the code as it is, before a mistake is put into it")
+        return len(chosen)
+    bad = 0
+    with ThreadPoolExecutor(2) as pool:  # two at a time: the threads only wait for the processes that they start
+        for n, m, result in zip(numbers, chosen, pool.map(lambda m: check(*m[1:]), chosen)):
+            bad += result != "caught"
+            print(f"{n:3} {result:8} {m[1]}: {m[0]}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} caught in {time.perf_counter() - begin:.0f} s")
+    return bad
+
+
+if __name__ == "__main__":
+    if "--list" in sys.argv:
+        for n, (what, file, snippet, mistake, tests) in enumerate(MUTATIONS):
+            print(f"{n:3} {file}: {what}\n      - {snippet.strip()}\n      + {mistake.strip()}\n      {', '.join(tests)}")
+    else:
+        sys.exit(main([int(n) for n in sys.argv[1:]] or range(len(MUTATIONS))) > 0)
