@@ -88,8 +88,8 @@ class TrainConfig:
 
 
 PRESETS = {
-    "tiny": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, steps=600, lr=3e-3, warmup=50,
-                 eval_every=150, eval_windows=64, tokenizer="bpe:2048"),
+    "tiny": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=8, steps=480, lr=4e-3, warmup=40,
+                 eval_every=240, eval_windows=128, tokenizer="bpe:2048"),
     "small": dict(data="python+packages", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
                   batch_size=32, micro_batch=16, steps=1500, lr=1e-3, warmup=100),
     "shakespeare": dict(data="shakespeare", tokenizer="bytes", n_layer=6, n_head=6, n_embd=384, block_size=256,
