@@ -17,7 +17,7 @@ be reached. Drawn as a table, a column per target (K = 2):
 
 Gradients with respect to logits are written out, for they are short (p - q) and let a chunk's logits be dropped at
 once; tests/test_distill.py holds the slow, obvious loss and lets autograd and finite differences check every one.
-To try another divergence, add three lines to divergence(); "tv" is there as the example.
+To try another divergence, add its name to DIVERGENCES and three lines to divergence(); "tv" is there as the example.
 
 Symbols in comments: R = K+1 rows, C targets of a chunk, V vocabulary, d width.
 """
@@ -26,6 +26,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+DIVERGENCES = ("forward", "reverse", "tv")
 
 
 def count_top_n(n, vocab_size):
@@ -75,7 +77,7 @@ def divergence(student, teacher, kind):
         sign = torch.sign(p - q) / 2
         d_student, d_teacher = (x * (sign - (x * sign).sum(-1, keepdim=True)) for x in (p, q))
         return (p - q).abs().sum(-1) / 2, d_student, -d_teacher
-    raise ValueError(f"unknown divergence {kind!r}; choose forward, reverse or tv")
+    raise ValueError(f"unknown divergence {kind!r}; choose one of {', '.join(DIVERGENCES)}")
 
 
 def wide(x):
@@ -213,8 +215,8 @@ def mtp_loss(hidden, weight, targets, *, alpha=0.3, beta=0.5, ramp=1.0, top_n=0.
     if T <= K:
         raise ValueError(f"got windows of {T} tokens for {K} MTP heads; the loss takes at least {K + 1}")
     alpha, beta = per_head(alpha, K, "alpha"), per_head(beta, K, "beta")
-    if kl not in ("forward", "reverse", "tv"):
-        raise ValueError(f"unknown divergence {kl!r}; choose forward, reverse or tv")
+    if kl not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {kl!r}; choose one of {', '.join(DIVERGENCES)}")
     device, with_kl, top_n = targets.device, ramp > 0 and any(beta), count_top_n(top_n, len(weight))
     if torch.is_autocast_enabled(device.type):                               # as nn.Linear would
         low = torch.get_autocast_dtype(device.type)

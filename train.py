@@ -131,7 +131,7 @@ def check(cfg):
     for name, least in dict(steps=0, batch_size=1, micro_batch=0, eval_every=1, eval_windows=1, log_every=1, warmup=0).items():
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; it must be at least {least}")
-    for name, values in dict(kl=("forward", "reverse", "tv"), kl_grad=("full", "heads"), compile=("auto", "off", "blocks", "model"),
+    for name, values in dict(kl=distill.DIVERGENCES, kl_grad=("full", "heads"), compile=("auto", "off", "blocks", "model"),
                              dtype=("auto", "float32", "bfloat16", "float64")).items():
         if getattr(cfg, name) not in values:
             raise ValueError(f"--{name} is {getattr(cfg, name)!r}; choose one of {', '.join(values)}")
