@@ -130,7 +130,8 @@ def rates(histogram):
 def acceptance(model, tokens):
     """tokens (B, T) of some text -> (AR, CAR), K numbers each, against the main head's own argmax, teacher-forced"""
     if tokens.size(1) <= model.config.n_mtp:
-        raise ValueError(f"got {tokens.size(1)} tokens; the acceptance of {model.config.n_mtp} heads needs at least {model.config.n_mtp + 1}")
+        raise ValueError(f"got {tokens.size(1)} tokens; the acceptance of {model.config.n_mtp} heads needs at least "
+                         f"{model.config.n_mtp + 1}")
     lengths = accepted_lengths([logits.argmax(-1) for logits in model.all_logits(tokens)])
     return rates(torch.bincount(lengths.flatten(), minlength=model.config.n_mtp + 1).tolist())
 
@@ -376,7 +377,7 @@ def knob(default, text):
 @dataclass
 class DecodeConfig:
     prompt: str = knob("\n", "text to continue")
-    prompts: str = knob("", "file of prompts for --check and --bench: a text file, one a line, or .jsonl with a text, prompt or question field")
+    prompts: str = knob("", "file of prompts for --check and --bench: lines of text, or .jsonl with a text, prompt or question field")
     data: str = knob("", "data-set folder whose validation text gives the prompts; empty: the one the checkpoint was trained on")
     tokens: int = knob(200, "tokens to emit (--tokens)")
     count: int = knob(8, "prompts for --check and --bench")
@@ -461,8 +462,8 @@ def print_stream(model, tokenizer, prompt, cfg, trace, top_k, generator):
             print("  ".join(words + refused))
 
     if trace:
-        print("a line a round: " + "  ".join(paint(COLOURS[min(k, 9)], f"head {k}" if k else "main head") for k in range(model.config.n_mtp + 1))
-              + "  " + paint(REFUSED, "refused"))
+        legend = [paint(COLOURS[min(k, 9)], f"head {k}" if k else "main head") for k in range(model.config.n_mtp + 1)]
+        print("a line a round: " + "  ".join(legend + [paint(REFUSED, "refused")]))
     else:
         print(tokenizer.decode(prompt), end="", flush=True)
     heads = None if cfg.heads < 0 else cfg.heads
@@ -490,8 +491,8 @@ def check(model, tokenizer, prompts, cfg):
         first, second = logits.topk(2).values.tolist()
         step = first * torch.finfo(model.weight.dtype).eps if first else 0.0
         rows.append(dict(prompt=len(rows) + same, at=at, gap=first - second, rounding=abs(step)))
-        print(f"prompt {rows[-1]['prompt']} differs at token {at}: {tokenizer.decode([a[at]])!r} or {tokenizer.decode([b[at]])!r}. The main head's two "
-              f"best logits are {first - second:.4g} apart; one rounding step at their size is {abs(step):.4g}"
+        print(f"prompt {rows[-1]['prompt']} differs at token {at}: {tokenizer.decode([a[at]])!r} or "
+              f"{tokenizer.decode([b[at]])!r}. The main head's two best logits are {first - second:.4g} apart; one rounding step at their size is {abs(step):.4g}"
               + (": a near-tie (README.md, 'Is the text really identical?')" if first - second <= 4 * abs(step) else ""))
     print(f"{same} of {len(prompts)} greedy continuations are identical to plain decoding, token by token ({str(model.weight.dtype)[6:]})")
     return dict(same=same, prompts=len(prompts), differences=rows)
@@ -534,7 +535,8 @@ def bench(model, prompts, cfg, temperature, baseline=None):
     if not groups:
         raise ValueError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)} (--count)")
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    decoders = {k: Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator, cfg.compile) for k in [0, *counts]}
+    decoders = {k: Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator,
+                           cfg.compile) for k in [0, *counts]}
     runs, plain = {k: [] for k in decoders}, []
     for decoder in decoders.values():
         run_decoder(decoder, groups[0], min(16, cfg.tokens))            # warm up
@@ -576,21 +578,24 @@ def bench(model, prompts, cfg, temperature, baseline=None):
 
 
 def print_bench(name, rows):
-    print(f"\n{name}, temperature {rows[0]['temperature']}, batch {rows[0]['batch']}: {rows[0]['prompts']} prompts, {rows[0]['looping']} groups whose plain "
-          "continuation ends in a loop are left out of the medians" + (" (all loop: speeds say little)" if rows[0]["looping"] * rows[0]["batch"] >= rows[0]["prompts"] else ""))
+    first = rows[0]
+    print(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}: {first['prompts']} prompts; {first['looping']} groups "
+          "whose plain continuation ends in a loop are left out of the medians"
+          + (" (all loop: speeds say little)" if first["looping"] * first["batch"] >= first["prompts"] else ""))
     print(f"{'heads':>5} {'AR':>6} {'CAR':>6} {'tok/fwd':>8} {'expected':>9} {'tok/s':>9} {'x plain':>8} {'predicted':>10} {'x 1 head':>9} "
           f"{'ms/round':>9} {'draft':>7} {'GB/s':>6}")
     for r in rows:
         part = [f"{r[k]:6.3f}" if r[k] is not None else f"{'':6}" for k in ("ar", "car")]
-        print(f"{r['heads']:>5} {part[0]} {part[1]} {r['tokens_per_forward']:8.2f} {r['predicted_tokens_per_forward']:9.2f} {r['tokens_per_s']:9.1f} "
-              f"{r['speedup']:8.2f} {r['predicted_speedup']:10.2f} {r['over_one'] or 0:9.2f} {r['ms_round']:9.3f} {r['ms_draft']:7.3f} {r['gb_per_s']:6.1f}")
+        print(f"{r['heads']:>5} {part[0]} {part[1]} {r['tokens_per_forward']:8.2f} {r['predicted_tokens_per_forward']:9.2f} "
+              f"{r['tokens_per_s']:9.1f} {r['speedup']:8.2f} {r['predicted_speedup']:10.2f} {r['over_one'] or 0:9.2f} "
+              f"{r['ms_round']:9.3f} {r['ms_draft']:7.3f} {r['gb_per_s']:6.1f}")
 
 
 def main():
     from train import parse
 
     given, rest = parse(DecodeConfig, __doc__, [
-        ("checkpoints", dict(nargs="+", metavar="CKPT", help="checkpoints of train.py or extend.py; --bench takes several, the first is the baseline")),
+        ("checkpoints", dict(nargs="+", metavar="CKPT", help="of train.py or extend.py; --bench takes several, the first is the baseline")),
         ("--trace", dict(action="store_true", help="a line a round: which head guessed each token, and what was refused")),
         ("--check", dict(action="store_true", help="compare with plain decoding, greedily, token by token")),
         ("--bench", dict(action="store_true", help="time plain decoding and 1 .. K heads")),

@@ -131,8 +131,8 @@ def main():
         cfg, state, first, start = extension_config(meta, model, given, m), None, 0, 0
         new = list(range(m, n))
         sources = meta.get("extension", {}).get("copied_from", [0] * m)
-        plan = dict(from_heads=m, copied_from=sources + [k % m + 1 for k in new], stages=[[k] for k in new] if flags.one_at_a_time else [new],
-                    stage=0, alpha=cfg.alpha, beta=cfg.beta,
+        stages = [[k] for k in new] if flags.one_at_a_time else [new]
+        plan = dict(from_heads=m, copied_from=sources + [k % m + 1 for k in new], stages=stages, stage=0, alpha=cfg.alpha, beta=cfg.beta,
                     first_steps=meta.get("extension", {}).get("first_steps", meta["train_config"]["steps"]))
         if flags.one_at_a_time:
             cfg.steps = -(-cfg.steps // len(new))

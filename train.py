@@ -496,7 +496,8 @@ def sample(model, val, meta, tokens=160, temperature=0.8, seed=1):
     prompt = [int(t) for t in val[: min(32, max(1, model.config.block_size // 4))]]
     tokens = min(tokens, model.config.block_size - len(prompt))
     generator = torch.Generator(device=model.weight.device).manual_seed(seed)
-    (ids,), stats = decode.generate(model, [prompt], tokens, temperature=temperature, top_k=min(50, model.config.vocab_size), generator=generator)
+    (ids,), stats = decode.generate(model, [prompt], tokens, temperature=temperature, top_k=min(50, model.config.vocab_size),
+                                    generator=generator)
     return (f"--- a sample at temperature {temperature}: {stats.tokens} tokens in {stats.forwards} forwards "
             f"({stats.tokens_per_forward:.2f} each)\n{tokenizer.decode(prompt)}[..]{tokenizer.decode(ids)}\n---")
 
