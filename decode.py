@@ -492,7 +492,8 @@ def check(model, tokenizer, prompts, cfg):
         step = first * torch.finfo(model.weight.dtype).eps if first else 0.0
         rows.append(dict(prompt=len(rows) + same, at=at, gap=first - second, rounding=abs(step)))
         print(f"prompt {rows[-1]['prompt']} differs at token {at}: {tokenizer.decode([a[at]])!r} or "
-              f"{tokenizer.decode([b[at]])!r}. The main head's two best logits are {first - second:.4g} apart; one rounding step at their size is {abs(step):.4g}"
+              f"{tokenizer.decode([b[at]])!r}. The main head's two best logits are {first - second:.4g} apart; "
+              f"one rounding step at their size is {abs(step):.4g}"
               + (": a near-tie (README.md, 'Is the text really identical?')" if first - second <= 4 * abs(step) else ""))
     print(f"{same} of {len(prompts)} greedy continuations are identical to plain decoding, token by token ({str(model.weight.dtype)[6:]})")
     return dict(same=same, prompts=len(prompts), differences=rows)
