@@ -128,7 +128,7 @@ def make_config(given):
 
 
 def check(cfg):
-    for name, least in dict(steps=0, batch_size=1, micro_batch=0, eval_every=1, eval_windows=1, log_every=1, warmup=0).items():
+    for name, least in dict(steps=0, batch_size=1, micro_batch=0, eval_every=1, eval_windows=1, log_every=1, warmup=0, clip=0).items():
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; it must be at least {least}")
     for name, values in dict(kl=distill.DIVERGENCES, kl_grad=("full", "heads"), compile=("auto", "off", "blocks", "model"),
@@ -615,7 +615,9 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit("\nstopped; --resume OUT/ckpt.pt goes on from the last checkpoint")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:                              # torch.OutOfMemoryError is one; a CPU says it in words
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         sys.exit(f"out of memory ({str(error).splitlines()[0][:120]}): lower --micro_batch (the result stays the same), "
                  "--block_size or the model's size")
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

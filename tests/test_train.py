@@ -384,7 +384,7 @@ def test_weights_of_the_heads():
     ({"kl_grad": "x"}, "--kl_grad"), ({"compile": "yes"}, "--compile"), ({"dtype": "float8"}, "--dtype"),
     ({"steps": -1}, "--steps is -1"), ({"steps": 0}, "--steps"), ({"batch_size": 0}, "--batch_size is 0"),
     ({"eval_every": 0}, "--eval_every"), ({"eval_windows": 0}, "--eval_windows"), ({"log_every": 0}, "--log_every"),
-    ({"warmup": -1}, "--warmup"), ({"micro_batch": -1}, "--micro_batch"),
+    ({"warmup": -1}, "--warmup"), ({"clip": -1.0}, "--clip"), ({"micro_batch": -1}, "--micro_batch"),
     ({"micro_batch": 3}, "--batch_size 8 .* --micro_batch 3"), ({"alpha": "a"}, "--alpha is 'a'"),
     ({"alpha": "1,2,3"}, "--alpha is .*2 heads"), ({"beta": "-1"}, "--beta"), ({"beta": "nan"}, "--beta"),
     ({"beta": "inf"}, "--beta"), ({"beta": ""}, "--beta"), ({"top_n": 0.0}, "top_n is 0"), ({"top_n": 2.5}, "top_n"),
