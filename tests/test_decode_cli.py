@@ -84,7 +84,8 @@ def test_loops_are_told_from_text():
     (["two.pt", "--top_k", 999], "top_k is 999"), (["two.pt", "--tokens", 0], "max_new_tokens is 0"),
     (["two.pt", "--accept", "x"], "accept rule 'x'"), (["two.pt", "other.pt", "--bench"], "different tokenizers"),
     (["two.pt", "none.pt"], "only make sense with --bench"), (["gone.pt"], "no checkpoint at"),
-    (["two.pt", "--prompt", "x" * 64], "64 tokens; the context takes 64"), (["two.pt", "--bench", "--batch", 9, "--tokens", 4], "--batch 9"),
+    (["two.pt", "--prompt", "x" * 64], "64 tokens; the context takes 64"),
+    (["two.pt", "--bench", "--batch", 9, "--tokens", 4], "--batch 9"),
 ])
 def test_bad_requests(toys, monkeypatch, capsys, argv, message):
     argv = [toys / a if str(a).endswith(".pt") else a for a in argv]
