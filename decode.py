@@ -24,7 +24,6 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -367,7 +366,7 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
 
 
 # -----------------------------------------------------------------------------
-# the command line: text, --trace, --check, --bench
+# the command line: text as it comes, or --trace. For --check and --bench see results/bench.py
 
 
 def knob(default, text):
@@ -401,35 +400,6 @@ def load(path, cfg):
     device = pick_device(cfg.device)
     model, meta = load_checkpoint(path, device)
     return model.to(pick_dtype(cfg.dtype, device)[0]), Tokenizer(meta["tokenizer"]), meta
-
-
-def read_prompts(cfg, tokenizer, meta, model):
-    """prompts as lists of ids: from --prompts, or non-overlapping pieces of the validation text, spread evenly"""
-    room = max(1, model.config.block_size - cfg.tokens)
-    if cfg.prompts:
-        lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
-        if cfg.prompts.endswith(".jsonl"):
-            rows = [json.loads(line) for line in lines if line.strip()]
-            lines = [next((str(row[k]) for k in ("text", "prompt", "question") if k in row), "") for row in rows]
-        prompts = [ids for ids in (tokenizer.encode(line)[:room] for line in lines) if ids]
-        if not prompts:
-            raise ValueError(f"{cfg.prompts} holds no prompt; expected lines of text, or .jsonl with a text, prompt or question field")
-        return prompts[: cfg.count]
-    from train import TrainConfig, open_data
-
-    train_cfg = TrainConfig(**{**meta["train_config"], **({"data": cfg.data, "tokenizer": ""} if cfg.data else {})})
-    _, val, data_meta = open_data(train_cfg)
-    if data_meta["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(f"{train_cfg.data} was made with another tokenizer than the checkpoint: pass --data or --prompts")
-    n = min(cfg.prompt_tokens, room, len(val) // 2)
-    return [val[s : s + n].tolist() for s in torch.linspace(0, len(val) - n - 1, cfg.count).long().tolist()]
-
-
-def loops(ids):
-    """whether a continuation ends in a piece repeated three times or more, over at least 12 tokens: in such a text every
-    draft is accepted, and its speed says nothing"""
-    return any(ids[-p:] == ids[-2 * p : -p] == ids[-3 * p : -2 * p] for p in range(4, len(ids) // 3 + 1)) or (
-        len(ids) >= 12 and any(ids[-12:] == ids[-p:] * (12 // p) for p in (1, 2, 3)))
 
 
 COLOURS = ["\033[0m", "\033[32m", "\033[36m", "\033[34m", "\033[35m", "\033[33m", "\033[92m", "\033[96m", "\033[94m", "\033[95m"]
@@ -476,122 +446,6 @@ def print_stream(model, tokenizer, prompt, cfg, trace, top_k, generator):
     return dict(text=tokenizer.decode(ids), ids=ids, **asdict(stats))
 
 
-@torch.no_grad()
-def check(model, tokenizer, prompts, cfg):
-    """greedy, with and without heads -> how many continuations agree; at the first difference, how near the tie was"""
-    heads, same, rows = None if cfg.heads < 0 else cfg.heads, 0, []
-    for prompt in prompts:
-        (a,), _ = generate(model, [prompt], cfg.tokens, heads=0)
-        (b,), stats = generate(model, [prompt], cfg.tokens, heads=heads)
-        if a == b:
-            same += 1
-            continue
-        at = next(i for i in range(len(a)) if a[i] != b[i])
-        logits = model.all_logits(torch.tensor([prompt + a[:at]], device=model.weight.device))[0][0, -1].float()
-        first, second = logits.topk(2).values.tolist()
-        step = first * torch.finfo(model.weight.dtype).eps if first else 0.0
-        rows.append(dict(prompt=len(rows) + same, at=at, gap=first - second, rounding=abs(step)))
-        print(f"prompt {rows[-1]['prompt']} differs at token {at}: {tokenizer.decode([a[at]])!r} or "
-              f"{tokenizer.decode([b[at]])!r}. The main head's two best logits are {first - second:.4g} apart; "
-              f"one rounding step at their size is {abs(step):.4g}"
-              + (": a near-tie (README.md, 'Is the text really identical?')" if first - second <= 4 * abs(step) else ""))
-    print(f"{same} of {len(prompts)} greedy continuations are identical to plain decoding, token by token ({str(model.weight.dtype)[6:]})")
-    return dict(same=same, prompts=len(prompts), differences=rows)
-
-
-def median(values):
-    values = sorted(values)
-    return values[len(values) // 2] if values else 0.0
-
-
-@torch.no_grad()
-def milliseconds(function, device, repeats=20):
-    """median time of one call; on CUDA, of one replay of its graph"""
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - begin))
-    return median(times)
-
-
-@torch.no_grad()
-def bench(model, prompts, cfg, temperature, baseline=None):
-    """
-    plain decoding and 1 .. K heads on the same prompts, one after the other for each prompt -> rows (dicts), by heads:
-
-    tokens_per_forward, tokens_per_s   medians over prompts;  speedup  median over prompts of the ratio to plain decoding
-    ar, car   teacher-forced, on the plain continuations (the text that is being decoded)
-    predicted tokens per forward from car, and speedup from it and the times of one plain step, one draft, one verify
-    over_one  against one head of the first checkpoint (the paper's baseline);  gb_per_s  weights read once a forward
-    """
-    device, K = model.weight.device, model.config.n_mtp
-    length = min(model.config.block_size, max(map(len, prompts)) + cfg.tokens)
-    counts = [cfg.heads] if cfg.heads > 0 else [k for k in range(1, K + 1) if k <= 4 or k & (k - 1) == 0] if cfg.heads < 0 else []
-    groups = [prompts[i : i + cfg.batch] for i in range(0, len(prompts) - cfg.batch + 1, cfg.batch)]
-    if not groups:
-        raise ValueError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)} (--count)")
-    generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    decoders = {k: Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator,
-                           cfg.compile) for k in [0, *counts]}
-    runs, plain = {k: [] for k in decoders}, []
-    for decoder in decoders.values():
-        run_decoder(decoder, groups[0], min(16, cfg.tokens))            # warm up
-    for group in groups:
-        texts = {k: run_decoder(decoder, group, cfg.tokens) for k, decoder in decoders.items()}
-        looping = any(loops(ids) for ids in texts[0][0])
-        plain += [prompt + ids for prompt, ids in zip(group, texts[0][0])]
-        for k, (_, stats) in texts.items():
-            runs[k].append((stats, looping))
-    good = [i for i, (_, looping) in enumerate(runs[0]) if not looping] or range(len(groups))
-    lengths = [accepted_lengths([x.argmax(-1) for x in model.all_logits(torch.tensor([ids[:-1]], device=device))])[0, len(p) - 1 :]
-               for ids, p in zip(plain, prompts) if len(ids) > K + len(p)] if K else []
-    ar, car = rates(torch.bincount(torch.cat(lengths), minlength=K + 1).tolist()) if lengths else ([], [])
-    weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
-    rows, step = [], {}
-    for k, decoder in decoders.items():
-        decoder.start(groups[0], cfg.tokens)
-        whole = milliseconds(decoder.step, device)
-        draft = verify = whole
-        if k:
-            draft_step = decoder.capture(decoder.draft) if device.type == "cuda" else decoder.draft
-            decoder.start(groups[0], cfg.tokens)
-            draft = milliseconds(draft_step, device)
-            verify = whole - draft
-        step[k] = whole
-        tpf = median([runs[k][i][0].tokens_per_forward for i in good])
-        tps = median([runs[k][i][0].tokens_per_second for i in good])
-        speedup = median([runs[k][i][0].tokens_per_second / runs[0][i][0].tokens_per_second for i in good])
-        expected = 1 + sum(car[:k])
-        rows.append(dict(heads=k, temperature=temperature, tokens_per_forward=tpf, tokens_per_s=tps, speedup=speedup, ms_round=whole,
-                         ms_draft=draft if k else 0.0, ms_verify=verify, ar=ar[k - 1] if k else None, car=car[k - 1] if k else None,
-                         predicted_tokens_per_forward=expected, predicted_speedup=expected * step[0] / whole,
-                         model_speedup=tpf * step[0] / whole, gb_per_s=weights / whole / 1e6,
-                         prompts=len(groups) * cfg.batch, looping=sum(looping for _, looping in runs[0]), batch=cfg.batch))
-    one = baseline or next((row["tokens_per_s"] for row in rows if row["heads"] == 1), None)
-    for row in rows:
-        row["over_one"] = row["tokens_per_s"] / one if one else None
-    return rows
-
-
-def print_bench(name, rows):
-    first = rows[0]
-    print(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}: {first['prompts']} prompts; {first['looping']} groups "
-          "whose plain continuation ends in a loop are left out of the medians"
-          + (" (all loop: speeds say little)" if first["looping"] * first["batch"] >= first["prompts"] else ""))
-    print(f"{'heads':>5} {'AR':>6} {'CAR':>6} {'tok/fwd':>8} {'expected':>9} {'tok/s':>9} {'x plain':>8} {'predicted':>10} {'x 1 head':>9} "
-          f"{'ms/round':>9} {'draft':>7} {'GB/s':>6}")
-    for r in rows:
-        part = [f"{r[k]:6.3f}" if r[k] is not None else f"{'':6}" for k in ("ar", "car")]
-        print(f"{r['heads']:>5} {part[0]} {part[1]} {r['tokens_per_forward']:8.2f} {r['predicted_tokens_per_forward']:9.2f} "
-              f"{r['tokens_per_s']:9.1f} {r['speedup']:8.2f} {r['predicted_speedup']:10.2f} {r['over_one'] or 0:9.2f} "
-              f"{r['ms_round']:9.3f} {r['ms_draft']:7.3f} {r['gb_per_s']:6.1f}")
-
-
 def main():
     from train import parse
 
@@ -615,16 +469,12 @@ def main():
         check_request(m, [[0]], cfg.tokens, max(0, cfg.heads), cfg.temperature, cfg.top_k or None, cfg.accept)
     if cfg.top_k < 0:
         raise ValueError(f"--top_k is {cfg.top_k}; it must be 0 (all) or more")
+    if rest["check"] or rest["bench"]:
+        from results import bench
     if rest["check"]:
-        result = check(model, tokenizer, read_prompts(cfg, tokenizer, meta, model), cfg)
+        result = bench.check(model, tokenizer, bench.read_prompts(cfg, tokenizer, meta, model), cfg)
     elif rest["bench"]:
-        result, prompts, baseline = [], read_prompts(cfg, tokenizer, meta, model), {}
-        for path, model, _, _ in models:
-            for temperature in (0.0, 1.0):
-                rows = bench(model, prompts, cfg, temperature, baseline.get(temperature))
-                baseline.setdefault(temperature, next((r["tokens_per_s"] for r in rows if r["heads"] == 1), None))
-                print_bench(path, rows)
-                result += [dict(checkpoint=str(path), **row) for row in rows]
+        result = bench.compare(models, cfg)
     else:
         prompt = tokenizer.encode(cfg.prompt)
         if not prompt:

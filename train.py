@@ -473,7 +473,7 @@ def git_commit():
 
 
 # -----------------------------------------------------------------------------
-# the end of a run, and the benchmark
+# the end of a run, and the command line
 
 
 def table(result, meta):
@@ -500,52 +500,6 @@ def sample(model, val, meta, tokens=160, temperature=0.8, seed=1):
                                     generator=generator)
     return (f"--- a sample at temperature {temperature}: {stats.tokens} tokens in {stats.forwards} forwards "
             f"({stats.tokens_per_forward:.2f} each)\n{tokenizer.decode(prompt)}[..]{tokenizer.decode(ids)}\n---")
-
-
-BENCH = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]       # K, beta, N
-
-
-def time_steps(model, cfg, device, dtype, steps=20):
-    """median time and peak memory of a training step of `model` on random tokens -> dict"""
-    B, V = cfg.micro_batch or cfg.batch_size, model.config.vocab_size
-    tokens = torch.randint(V, (steps + 5, B, cfg.block_size + 1), device=device)
-    optimizer, times = make_optimizer(model, cfg), []
-    if device.type == "cuda" and cfg.compile != "off":
-        torch._dynamo.reset()
-        with autocast(device, dtype):
-            compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens[0])
-    for step in range(steps + 5):
-        if step == 5 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        begin = now(device)
-        with autocast(device, dtype):
-            micro_step(model, model, cfg, tokens[step], 1.0, 1.0)
-        clip_gradients(model, cfg)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(now(device) - begin)
-    ms = 1000 * sorted(times[5:])[steps // 2]
-    return dict(ms=ms, tokens_per_s=1000 * B * cfg.block_size / ms,
-                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None)
-
-
-def bench(cfg, device, dtype, steps=20, combos=BENCH, vocab=50304):
-    """time_steps for several K, without and with the KL -> rows, printed as they come"""
-    rows = []
-    for K, beta, top_n in combos:
-        torch.manual_seed(0)
-        c = dataclasses.replace(cfg, n_mtp=K, beta=str(beta), top_n=top_n, alpha="0.3")
-        model = GPT(GPTConfig(vocab, c.block_size, c.n_layer, c.n_head, c.n_embd, K)).to(device)
-        rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, **time_steps(model, c, device, dtype, steps)))
-        print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {rows[-1]['ms']:8.2f} ms a step, {rows[-1]['tokens_per_s']:9.0f} tokens/s"
-              + (f", peak {rows[-1]['peak_gib']:.2f} GiB" if device.type == "cuda" else ""), flush=True)
-    return rows
-
-
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main():
@@ -579,7 +533,8 @@ def main():
     if rank == 0:
         print(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}, writing to {cfg.out}")
     if rest["bench"]:
-        rows = bench(cfg, device, dtype)
+        from results import bench
+        rows = bench.bench_training(cfg, device, dtype)
         return print(json.dumps(rows)) if rest["json"] else None
     if world > 1 and rank:
         torch.distributed.barrier()                            # rank 0 prepares the data, the others wait for it

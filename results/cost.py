@@ -17,6 +17,7 @@ import decode  # noqa: E402
 import extend  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from results import bench  # noqa: E402
 
 
 def extension(cfg, device, dtype):
@@ -29,7 +30,7 @@ def extension(cfg, device, dtype):
         if name.startswith("ext"):
             extend.freeze_all_but(model, range(4, 8))
             c = dataclasses.replace(c, alpha="0,0,0,0,.3,.3,.3,.3", beta="0,0,0,0,.5,.5,.5,.5")
-        rows.append(dict(name=name, **train.time_steps(model, c, device, dtype)))
+        rows.append(dict(name=name, **bench.time_steps(model, c, device, dtype)))
     return rows
 
 
@@ -42,7 +43,7 @@ def decoding(device, dtype):
         for heads in (0, 4):
             decoder = decode.Decoder(model, batch, 512, heads, compile=True)
             decoder.start([[1] * 256] * batch, 200)
-            ms = decode.milliseconds(lambda: (decoder.n.fill_(300), decoder.step()), device, 50)
+            ms = bench.milliseconds(lambda: (decoder.n.fill_(300), decoder.step()), device, 50)
             rows.append(dict(batch=batch, heads=heads, ms=ms, rounds_per_s=1000 / ms))
             print(f"decode 124M batch {batch} heads {heads}: {ms:.3f} ms a round", flush=True)
     return rows
@@ -60,15 +61,15 @@ def main():
     out = {}
     if args.scale == "gpu":
         d512 = dataclasses.replace(base, n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, micro_batch=32, compile="blocks")
-        out["kl, 8 layers d=512 T=512, 32 windows"] = train.bench(d512, device, dtype, combos=[(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096), (4, 0, 1), (4, 0.5, 512)])
+        out["kl, 8 layers d=512 T=512, 32 windows"] = bench.bench_training(d512, device, dtype, combos=[(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096), (4, 0, 1), (4, 0.5, 512)])
         out["extension, 8 layers d=512 T=512, 16 windows"] = extension(dataclasses.replace(d512, batch_size=16, micro_batch=16), device, dtype)
-        out["heads, 124M T=1024, 12 windows"] = train.bench(dataclasses.replace(base, compile="blocks"), device, dtype, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512)])
-        out["plain GPT, 124M T=1024, 12 windows, whole model compiled"] = train.bench(dataclasses.replace(base, compile="model"), device, dtype, combos=[(0, 0, 1)])
-        out["124M T=1024, 8 windows"] = train.bench(dataclasses.replace(base, compile="blocks", micro_batch=8), device, dtype, combos=[(4, 0, 1)])
+        out["heads, 124M T=1024, 12 windows"] = bench.bench_training(dataclasses.replace(base, compile="blocks"), device, dtype, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512)])
+        out["plain GPT, 124M T=1024, 12 windows, whole model compiled"] = bench.bench_training(dataclasses.replace(base, compile="model"), device, dtype, combos=[(0, 0, 1)])
+        out["124M T=1024, 8 windows"] = bench.bench_training(dataclasses.replace(base, compile="blocks", micro_batch=8), device, dtype, combos=[(4, 0, 1)])
         out["decoding"] = decoding(device, dtype)
     else:
         tiny = train.make_config(dict(preset="tiny"))
-        out["heads, tiny"] = train.bench(tiny, device, dtype, steps=5, vocab=2048, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])
+        out["heads, tiny"] = bench.bench_training(tiny, device, dtype, steps=5, vocab=2048, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])
     if args.json:
         print(json.dumps(out))
 

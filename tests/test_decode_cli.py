@@ -1,4 +1,4 @@
-"""decode.py's command line: text, --trace, --check, --bench, and what it says of bad requests. Toy checkpoints, no training."""
+"""decode.py's command line and results/bench.py: text, --trace, --check, --bench, and what they say of bad requests. Toy checkpoints."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ import decode
 import train
 from data.prepare import load_dataset, prepare
 from model import GPT, GPTConfig
+from results import bench
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,18 @@ def test_bench_rows(toys, monkeypatch, capsys):
         assert row["predicted_tokens_per_forward"] == pytest.approx(1 + sum(r["car"] for r in rows[1 : k + 1]))
 
 
+def test_bench_of_training_steps(capsys):
+    cfg = train.TrainConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=2, compile="off")
+    combos = [(0, 0, 1), (2, 0, 1), (2, 0.5, 3)]
+    rows = bench.bench_training(cfg, torch.device("cpu"), torch.float32, steps=2, combos=combos, vocab=11)
+    assert [(row["n_mtp"], row["beta"], row["top_n"]) for row in rows] == combos
+    assert all(row["ms"] > 0 and row["tokens_per_s"] * row["ms"] == pytest.approx(16_000) for row in rows)
+    assert capsys.readouterr().out.count("ms a step") == 3
+
+
 def test_loops_are_told_from_text():
-    assert decode.loops([1, 2, 3] + [5, 6, 7, 8] * 3) and decode.loops([9] * 12) and decode.loops([0, 1] * 6)
-    assert not decode.loops(list(range(40))) and not decode.loops([7] * 5) and not decode.loops([])
+    assert bench.loops([1, 2, 3] + [5, 6, 7, 8] * 3) and bench.loops([9] * 12) and bench.loops([0, 1] * 6)
+    assert not bench.loops(list(range(40))) and not bench.loops([7] * 5) and not bench.loops([])
 
 
 @pytest.mark.parametrize("argv,message", [
@@ -86,6 +96,7 @@ def test_loops_are_told_from_text():
     (["two.pt", "none.pt"], "only make sense with --bench"), (["gone.pt"], "no checkpoint at"),
     (["two.pt", "--prompt", "x" * 64], "64 tokens; the context takes 64"),
     (["two.pt", "--bench", "--batch", 9, "--tokens", 4], "--batch 9"),
+    (["two.pt", "--bench", "--tokens", 2, "--prompt_tokens", 8], "no continuation is longer than 2 tokens"),
 ])
 def test_bad_requests(toys, monkeypatch, capsys, argv, message):
     argv = [toys / a if str(a).endswith(".pt") else a for a in argv]

@@ -1,0 +1,255 @@
+"""
+bench.py: is the decoded text the same, how fast is decoding, and what does a training step cost? Called by the scripts:
+
+    python decode.py CKPT --check           greedy text with heads against plain decoding, token by token -> check
+    python decode.py CKPT .. --bench        plain decoding and 1 .. K heads on the same prompts           -> bench_decoding
+    python train.py --preset gpt2 --bench   a training step for several K, without and with the KL        -> bench_training
+
+Prompts come from --prompts or from the validation text. Training steps run on random tokens and fresh weights, as
+results/cost.py does. All times are medians of the wall clock, so run it with the machine to itself.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import decode
+import train
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# the clock
+
+
+def now(device):
+    """the time, once the device has done all that it was asked for"""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def median(values):
+    values = sorted(values)
+    return values[len(values) // 2] if values else 0.0
+
+
+@torch.no_grad()
+def milliseconds(function, device, repeats=20):
+    """median time of one call; on CUDA, of one replay of its graph"""
+    times = []
+    for _ in range(repeats):
+        begin = now(device)
+        function()
+        times.append(1000 * (now(device) - begin))
+    return median(times)
+
+
+# -----------------------------------------------------------------------------
+# prompts
+
+
+def read_prompts(cfg, tokenizer, meta, model):
+    """prompts as lists of ids: from --prompts, or pieces of the validation text, spread evenly"""
+    room = max(1, model.config.block_size - cfg.tokens)
+    if cfg.prompts:
+        lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
+        if cfg.prompts.endswith(".jsonl"):
+            rows = [json.loads(line) for line in lines if line.strip()]
+            lines = [next((str(row[k]) for k in ("text", "prompt", "question") if k in row), "") for row in rows]
+        prompts = [ids for ids in (tokenizer.encode(line)[:room] for line in lines) if ids]
+        if not prompts:
+            raise ValueError(f"{cfg.prompts} holds no prompt; expected lines of text, or .jsonl with a text, prompt or question field")
+        return prompts[: cfg.count]
+    train_cfg = train.TrainConfig(**{**meta["train_config"], **({"data": cfg.data, "tokenizer": ""} if cfg.data else {})})
+    _, val, data_meta = train.open_data(train_cfg)
+    if data_meta["tokenizer"] != meta["tokenizer"]:
+        raise ValueError(f"{train_cfg.data} was made with another tokenizer than the checkpoint: pass --data or --prompts")
+    n = min(cfg.prompt_tokens, room, len(val) // 2)
+    return [val[s : s + n].tolist() for s in torch.linspace(0, len(val) - n - 1, cfg.count).long().tolist()]
+
+
+def loops(ids):
+    """whether a continuation ends in a piece repeated three times or more, over at least 12 tokens: in such a text every
+    draft is accepted, and its speed says nothing"""
+    return any(ids[-p:] == ids[-2 * p : -p] == ids[-3 * p : -2 * p] for p in range(4, len(ids) // 3 + 1)) or (
+        len(ids) >= 12 and any(ids[-12:] == ids[-p:] * (12 // p) for p in (1, 2, 3)))
+
+
+# -----------------------------------------------------------------------------
+# decode.py --check
+
+
+@torch.no_grad()
+def check(model, tokenizer, prompts, cfg):
+    """greedy, with and without heads -> how many continuations agree; at the first difference, how near the tie was"""
+    heads, same, rows = None if cfg.heads < 0 else cfg.heads, 0, []
+    for n, prompt in enumerate(prompts):
+        (a,), _ = decode.generate(model, [prompt], cfg.tokens, heads=0)
+        (b,), _ = decode.generate(model, [prompt], cfg.tokens, heads=heads)
+        if a == b:
+            same += 1
+            continue
+        at = next(i for i in range(len(a)) if a[i] != b[i])
+        logits = model.all_logits(torch.tensor([prompt + a[:at]], device=model.weight.device))[0][0, -1].float()       # (V,)
+        first, second = logits.topk(2).values.tolist()
+        gap, rounding = first - second, abs(first * torch.finfo(model.weight.dtype).eps)
+        rows.append(dict(prompt=n, at=at, gap=gap, rounding=rounding))
+        print(f"prompt {n} differs at token {at}: {tokenizer.decode([a[at]])!r} or {tokenizer.decode([b[at]])!r}. "
+              f"The main head's two best logits are {gap:.4g} apart; one rounding step at their size is {rounding:.4g}"
+              + (": a near-tie (README.md, 'Is the text really identical?')" if gap <= 4 * rounding else ""))
+    print(f"{same} of {len(prompts)} greedy continuations are identical to plain decoding, token by token ({str(model.weight.dtype)[6:]})")
+    return dict(same=same, prompts=len(prompts), differences=rows)
+
+
+# -----------------------------------------------------------------------------
+# decode.py --bench
+
+
+def compare(models, cfg):
+    """bench_decoding at temperatures 0 and 1 for each of (path, model, tokenizer, meta), on prompts for the first of them;
+    prints a table each -> all rows"""
+    _, model, tokenizer, meta = models[0]
+    prompts, baseline, result = read_prompts(cfg, tokenizer, meta, model), {}, []
+    for path, model, _, _ in models:
+        for temperature in (0.0, 1.0):
+            rows = bench_decoding(model, prompts, cfg, temperature, baseline.get(temperature))
+            baseline.setdefault(temperature, next((r["tokens_per_s"] for r in rows if r["heads"] == 1), None))
+            print_decoding(path, rows)
+            result += [dict(checkpoint=str(path), **row) for row in rows]
+    return result
+
+
+@torch.no_grad()
+def bench_decoding(model, prompts, cfg, temperature, baseline=None):
+    """
+    plain decoding and 1 .. K heads on the same prompts, one after the other for each prompt -> rows (dicts), by heads:
+
+    tokens_per_forward, tokens_per_s   medians over prompts;  speedup  median over prompts of the ratio to plain decoding
+    ar, car   teacher-forced, on the plain continuations (the text that is being decoded)
+    predicted tokens per forward from car, and speedup from it and the times of one plain step, one draft, one verify
+    over_one  against one head of the first checkpoint (the paper's baseline);  gb_per_s  weights read once a forward
+    """
+    device, K = model.weight.device, model.config.n_mtp
+    length = min(model.config.block_size, max(map(len, prompts)) + cfg.tokens)
+    counts = [cfg.heads] if cfg.heads > 0 else [k for k in range(1, K + 1) if k <= 4 or k & (k - 1) == 0] if cfg.heads < 0 else []
+    groups = [prompts[i : i + cfg.batch] for i in range(0, len(prompts) - cfg.batch + 1, cfg.batch)]
+    if not groups:
+        raise ValueError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)} (--count)")
+    generator = torch.Generator(device=device).manual_seed(cfg.seed)
+    decoders = {k: decode.Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator, cfg.compile)
+                for k in [0, *counts]}
+    for decoder in decoders.values():
+        decode.run_decoder(decoder, groups[0], min(16, cfg.tokens))     # warm up
+    runs, looping, plain = {k: [] for k in decoders}, [], []            # runs[k]: the Stats of each group
+    for group in groups:
+        texts = {k: decode.run_decoder(decoder, group, cfg.tokens) for k, decoder in decoders.items()}
+        looping.append(any(loops(ids) for ids in texts[0][0]))
+        plain += [prompt + ids for prompt, ids in zip(group, texts[0][0])]
+        for k, (_, stats) in texts.items():
+            runs[k].append(stats)
+    good = [i for i in range(len(groups)) if not looping[i]] or range(len(groups))
+    ar, car = text_acceptance(model, prompts, plain) if K else ([], [])
+    weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
+    rows = []
+    for k, decoder in decoders.items():
+        whole, draft = time_round(decoder, groups[0], cfg.tokens)
+        if k == 0:
+            step = whole                                                # of plain decoding, which comes first
+        tpf = median([runs[k][i].tokens_per_forward for i in good])
+        tps = median([runs[k][i].tokens_per_second for i in good])
+        speedup = median([runs[k][i].tokens_per_second / runs[0][i].tokens_per_second for i in good])
+        expected = 1 + sum(car[:k])
+        rows.append(dict(heads=k, temperature=temperature, tokens_per_forward=tpf, tokens_per_s=tps, speedup=speedup, ms_round=whole,
+                         ms_draft=draft, ms_verify=whole - draft, ar=ar[k - 1] if k else None, car=car[k - 1] if k else None,
+                         predicted_tokens_per_forward=expected, predicted_speedup=expected * step / whole,
+                         model_speedup=tpf * step / whole, gb_per_s=weights / whole / 1e6,
+                         prompts=len(groups) * cfg.batch, looping=sum(looping), batch=cfg.batch))
+    one = baseline or next((row["tokens_per_s"] for row in rows if row["heads"] == 1), None)
+    for row in rows:
+        row["over_one"] = row["tokens_per_s"] / one if one else None
+    return rows
+
+
+def text_acceptance(model, prompts, texts):
+    """(AR, CAR), K numbers each, of the continuations alone; each text is a prompt and what came after it"""
+    K, lengths = model.config.n_mtp, []
+    for prompt, ids in zip(prompts, texts):
+        if len(ids) > K + len(prompt):
+            logits = model.all_logits(torch.tensor([ids[:-1]], device=model.weight.device))
+            lengths.append(decode.accepted_lengths([x.argmax(-1) for x in logits])[0, len(prompt) - 1 :])
+    if not lengths:
+        raise ValueError(f"no continuation is longer than {K} tokens, so the acceptance of {K} heads can't be measured: "
+                         "give more --tokens or shorter prompts")
+    return decode.rates(torch.bincount(torch.cat(lengths), minlength=K + 1).tolist())
+
+
+def time_round(decoder, group, tokens):
+    """-> milliseconds of a whole round, and of its drafts alone (0 without heads)"""
+    device = decoder.n.device
+    decoder.start(group, tokens)
+    whole = milliseconds(decoder.step, device)
+    if not decoder.heads:
+        return whole, 0.0
+    draft = decoder.capture(decoder.draft) if device.type == "cuda" else decoder.draft
+    decoder.start(group, tokens)
+    return whole, milliseconds(draft, device)
+
+
+def print_decoding(name, rows):
+    first = rows[0]
+    print(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}: {first['prompts']} prompts; {first['looping']} groups "
+          "whose plain continuation ends in a loop are left out of the medians"
+          + (" (all loop: speeds say little)" if first["looping"] * first["batch"] >= first["prompts"] else ""))
+    print(f"{'heads':>5} {'AR':>6} {'CAR':>6} {'tok/fwd':>8} {'expected':>9} {'tok/s':>9} {'x plain':>8} {'predicted':>10} {'x 1 head':>9} "
+          f"{'ms/round':>9} {'draft':>7} {'GB/s':>6}")
+    for r in rows:
+        part = [f"{r[k]:6.3f}" if r[k] is not None else f"{'':6}" for k in ("ar", "car")]
+        print(f"{r['heads']:>5} {part[0]} {part[1]} {r['tokens_per_forward']:8.2f} {r['predicted_tokens_per_forward']:9.2f} "
+              f"{r['tokens_per_s']:9.1f} {r['speedup']:8.2f} {r['predicted_speedup']:10.2f} {r['over_one'] or 0:9.2f} "
+              f"{r['ms_round']:9.3f} {r['ms_draft']:7.3f} {r['gb_per_s']:6.1f}")
+
+
+# -----------------------------------------------------------------------------
+# train.py --bench
+
+BENCH = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]       # K, beta, N
+
+
+def time_steps(model, cfg, device, dtype, steps=20):
+    """median time and peak memory of a training step of `model` on random tokens -> dict"""
+    B, V = cfg.micro_batch or cfg.batch_size, model.config.vocab_size
+    tokens = torch.randint(V, (steps + 5, B, cfg.block_size + 1), device=device)
+    optimizer, times = train.make_optimizer(model, cfg), []
+    if device.type == "cuda" and cfg.compile != "off":
+        torch._dynamo.reset()
+        with train.autocast(device, dtype):
+            train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens[0])
+    for step in range(steps + 5):
+        if step == 5 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = now(device)
+        with train.autocast(device, dtype):
+            train.micro_step(model, model, cfg, tokens[step], 1.0, 1.0)
+        train.clip_gradients(model, cfg)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(now(device) - begin)
+    ms = 1000 * median(times[5:])
+    return dict(ms=ms, tokens_per_s=1000 * B * cfg.block_size / ms,
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None)
+
+
+def bench_training(cfg, device, dtype, steps=20, combos=BENCH, vocab=50304):
+    """time_steps for several K, without and with the KL -> rows, printed as they come"""
+    rows = []
+    for K, beta, top_n in combos:
+        torch.manual_seed(0)
+        c = dataclasses.replace(cfg, n_mtp=K, beta=str(beta), top_n=top_n, alpha="0.3")
+        model = GPT(GPTConfig(vocab, c.block_size, c.n_layer, c.n_head, c.n_embd, K)).to(device)
+        rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, **time_steps(model, c, device, dtype, steps)))
+        print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {rows[-1]['ms']:8.2f} ms a step, {rows[-1]['tokens_per_s']:9.0f} tokens/s"
+              + (f", peak {rows[-1]['peak_gib']:.2f} GiB" if device.type == "cuda" else ""), flush=True)
+    return rows
