@@ -402,44 +402,67 @@ def load(path, cfg):
     return model.to(pick_dtype(cfg.dtype, device)[0]), Tokenizer(meta["tokenizer"]), meta
 
 
-COLOURS = ["\033[0m", "\033[32m", "\033[36m", "\033[34m", "\033[35m", "\033[33m", "\033[92m", "\033[96m", "\033[94m", "\033[95m"]
-REFUSED, END = "\033[9;31m", "\033[0m"
-
-
-def print_stream(model, tokenizer, prompt, cfg, trace, top_k, generator):
-    """decode one prompt and print its text as it comes; with trace, say which head guessed each token"""
-    colour = sys.stdout.isatty()
-    paint = (lambda code, text: code + text + END) if colour else (lambda code, text: text)
-    state = {"n": None, "text": ""}
+def stream(tokenizer, prompt):
+    """print the prompt -> a `watch` for generate() that prints the text as it comes"""
+    shown = ""
+    print(tokenizer.decode(prompt), end="", flush=True)
 
     def watch(decoder):
-        before, state["n"] = state["n"], int(decoder.n[0])
-        ids = decoder.buffer[0, len(prompt) : state["n"] + 1].tolist()
-        if not trace:
-            text = tokenizer.decode(ids).rstrip("\ufffd")               # half a character waits for its other half
-            print(text[len(state["text"]) :], end="", flush=True)
-            state["text"] = text
-        elif before is None:
-            print(paint(COLOURS[0], repr(tokenizer.decode(ids))[1:-1]), "  <- prefill (main head)")
-        else:
-            drafts = decoder.drafts[0].tolist()
-            new = ids[before + 1 - len(prompt) :]
-            guessed = leading((torch.tensor(new[: len(drafts)]) == torch.tensor(drafts[: len(new)]))[None]).item()
-            words = [paint(COLOURS[min(i + 1, 9)] if i < guessed else COLOURS[0], repr(tokenizer.decode([t]))[1:-1])
-                     + ("" if colour else f"|{i + 1 if i < guessed else 'main'}") for i, t in enumerate(new)]
-            refused = [paint(REFUSED, repr(tokenizer.decode([t]))[1:-1]) + ("" if colour else "|refused") for t in drafts[len(new) - 1 :]
-                       ] if guessed < len(drafts) and guessed < len(new) else []
-            print("  ".join(words + refused))
+        nonlocal shown
+        ids = decoder.buffer[0, len(prompt) : int(decoder.n[0]) + 1].tolist()
+        text = tokenizer.decode(ids).rstrip("\ufffd")                   # half a character waits for its other half
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+    return watch
 
-    if trace:
-        legend = [paint(COLOURS[min(k, 9)], f"head {k}" if k else "main head") for k in range(model.config.n_mtp + 1)]
-        print("a line a round: " + "  ".join(legend + [paint(REFUSED, "refused")]))
-    else:
-        print(tokenizer.decode(prompt), end="", flush=True)
-    heads = None if cfg.heads < 0 else cfg.heads
-    (ids,), stats = generate(model, [prompt], cfg.tokens, heads=heads, temperature=cfg.temperature, top_k=top_k, accept=cfg.accept,
-                             generator=generator, compile=cfg.compile, watch=watch)
-    if trace:
+
+HEAD_COLOURS = [32, 36, 34, 35, 33, 92, 96, 94, 95]                     # the terminal's codes for heads 1 .. 8, and for 9 and on
+
+
+def trace(tokenizer, prompt, n_mtp):
+    """print a legend -> a `watch` for generate() that prints a line a round: the new tokens, each with who said it, and then
+    the drafts that were refused"""
+    codes = {"main": 0, "refused": "9;31", **{k: HEAD_COLOURS[min(k, 9) - 1] for k in range(1, n_mtp + 1)}}
+    coloured, known = sys.stdout.isatty(), len(prompt) - 1              # known: the position n that the last round left
+
+    def paint(text, who):
+        return f"\033[{codes[who]}m{text}\033[0m" if coloured else text
+
+    def quote(token):
+        return repr(tokenizer.decode([token]))[1:-1]
+
+    def word(token, who):
+        return paint(quote(token), who) if coloured else f"{quote(token)}|{who}"
+
+    def watch(decoder):
+        nonlocal known
+        before, known = known, int(decoder.n[0])
+        new = decoder.buffer[0, before + 1 : known + 1].tolist()
+        if before < len(prompt):
+            print(paint(quote(new[0]), "main"), "  <- prefill (main head)")
+            return
+        drafts = decoder.drafts[0].tolist()
+        a = int(leading(torch.tensor([[token == draft for token, draft in zip(new, drafts)]])))
+        words = [word(token, i + 1 if i < a else "main") for i, token in enumerate(new)]
+        if a < len(new):                                                # else max_new_tokens cut the drafts, none was refused
+            words += [word(draft, "refused") for draft in drafts[a:]]
+        print("  ".join(words))
+
+    legend = [paint("main head", "main"), *(paint(f"head {k}", k) for k in range(1, n_mtp + 1)), paint("refused", "refused")]
+    print("a line a round: " + "  ".join(legend))
+    return watch
+
+
+def speak(model, tokenizer, cfg, traced):
+    """continue --prompt, print the text as it comes (or its trace) and the statistics -> both, as a dict"""
+    prompt = tokenizer.encode(cfg.prompt)
+    if not prompt:
+        raise ValueError("--prompt is empty; give at least one character")
+    watch = trace(tokenizer, prompt, model.config.n_mtp) if traced else stream(tokenizer, prompt)
+    generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
+    (ids,), stats = generate(model, [prompt], cfg.tokens, heads=None if cfg.heads < 0 else cfg.heads, temperature=cfg.temperature,
+                             top_k=cfg.top_k or None, accept=cfg.accept, generator=generator, compile=cfg.compile, watch=watch)
+    if traced:
         print("\n" + tokenizer.decode(prompt + ids))
     print(f"\n--- {stats.tokens} tokens in {stats.forwards} forwards of the main model ({stats.tokens_per_forward:.2f} each), "
           f"{stats.tokens_per_second:.0f} tokens/s; drafts accepted 0..K: {stats.accepted}")
@@ -471,16 +494,9 @@ def main():
         raise ValueError(f"--top_k is {cfg.top_k}; it must be 0 (all) or more")
     if rest["check"] or rest["bench"]:
         from results import bench
-    if rest["check"]:
-        result = bench.check(model, tokenizer, bench.read_prompts(cfg, tokenizer, meta, model), cfg)
-    elif rest["bench"]:
-        result = bench.compare(models, cfg)
+        result = bench.check(model, tokenizer, meta, cfg) if rest["check"] else bench.compare(models, cfg)
     else:
-        prompt = tokenizer.encode(cfg.prompt)
-        if not prompt:
-            raise ValueError("--prompt is empty; give at least one character")
-        generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
-        result = print_stream(model, tokenizer, prompt, cfg, rest["trace"], cfg.top_k or None, generator)
+        result = speak(model, tokenizer, cfg, rest["trace"])
     if rest["json"]:
         print(json.dumps(result))
 

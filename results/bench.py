@@ -83,9 +83,9 @@ def loops(ids):
 
 
 @torch.no_grad()
-def check(model, tokenizer, prompts, cfg):
+def check(model, tokenizer, meta, cfg):
     """greedy, with and without heads -> how many continuations agree; at the first difference, how near the tie was"""
-    heads, same, rows = None if cfg.heads < 0 else cfg.heads, 0, []
+    prompts, heads, same, rows = read_prompts(cfg, tokenizer, meta, model), None if cfg.heads < 0 else cfg.heads, 0, []
     for n, prompt in enumerate(prompts):
         (a,), _ = decode.generate(model, [prompt], cfg.tokens, heads=0)
         (b,), _ = decode.generate(model, [prompt], cfg.tokens, heads=heads)
@@ -151,7 +151,7 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
         for k, (_, stats) in texts.items():
             runs[k].append(stats)
     good = [i for i in range(len(groups)) if not looping[i]] or range(len(groups))
-    ar, car = text_acceptance(model, prompts, plain) if K else ([], [])
+    ar, car = text_acceptance(model, prompts, plain) if counts else ([], [])
     weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
     rows = []
     for k, decoder in decoders.items():
