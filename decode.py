@@ -226,13 +226,12 @@ class Decoder:
         T, last = int(lengths.max()), torch.empty(len(prompts), model.config.n_embd, dtype=model.weight.dtype, device=device)
         for at in range(0, T, 256):                          # in pieces: attention here is (piece x slots)
             pos = torch.arange(at, min(T, at + 256), device=device).expand(len(prompts), -1)
-            h0 = model.trunk_step(self.buffer[self.row, pos], self.cache, pos)
+            where = model.where(self.cache, pos)
+            h0 = model.trunk_step(self.buffer[self.row, pos], self.cache, where)
             inside = (lengths > at) & (lengths <= at + 256)
             last = torch.where(inside[:, None], pick(h0, (lengths - 1 - at).clamp(0, pos.size(1) - 1)), last)
-        for k in range(1, self.heads + 1):                   # a row whose token t_{i+k} isn't there yet is rebuilt by draft()
-            for at in range(0, T, 256):
-                pos = torch.arange(at, min(T, at + 256), device=device).expand(len(prompts), -1)
-                model.head_step(k, self.buffer[self.row, (pos + k).clamp(max=self.buffer.size(1) - 1)], self.cache, pos)
+            for k in range(1, self.heads + 1):               # a row whose token t_{i+k} isn't there yet is rebuilt by draft()
+                model.head_step(k, self.buffer[self.row, (pos + k).clamp(max=self.buffer.size(1) - 1)], self.cache, where)
         first = draw(probabilities(model.logits(0, last), self.temperature, self.top_k), self.generator)
         self.buffer[self.row[:, 0], lengths] = first
         self.n.copy_(lengths)
