@@ -243,9 +243,9 @@ def batch_starts(cfg, step, length):
 def train_mode(model):
     """dropout on, but not in frozen parts: an extension's teacher must not be noisy"""
     model.train()
-    for part in (*model.blocks, *model.heads, model.drop):
-        if not any(p.requires_grad for p in (part.parameters() if part is not model.drop else [model.weight])):
-            part.eval()
+    for part in (*model.blocks, *model.heads):
+        part.train(any(p.requires_grad for p in part.parameters()))
+    model.drop.train(model.weight.requires_grad)               # it drops embeddings
 
 
 @torch.no_grad()
@@ -261,22 +261,20 @@ def evaluate(model, val, cfg, device, dtype):
     model.eval()
     K, T, W = model.config.n_mtp, cfg.block_size, model.weight
     starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
-    loss, right, kl = torch.zeros(K + 1, device=device), torch.zeros(K + 1, device=device), torch.zeros(K, device=device)
-    count, accepted = torch.zeros(K + 1, device=device), torch.zeros(K + 1, dtype=torch.long, device=device)
+    count = len(starts) * (T - torch.arange(K + 1, device=device))         # targets of each head: head k has k rows fewer
+    loss, right, kl = (torch.zeros(n, device=device) for n in (K + 1, K + 1, K))       # sums over targets
+    accepted = torch.zeros(K + 1, dtype=torch.long, device=device)
     for at in range(0, len(starts), 8):
-        tokens = windows(val, starts[at : at + 8], T, device)
+        tokens, choices = windows(val, starts[at : at + 8], T, device), []
         with autocast(device, dtype):
-            hidden = model(tokens[:, :-1])
-            choices = []
-            teacher = None
-            for k in range(K + 1):
-                logits, target = hidden[k] @ W.T.to(hidden[k].dtype), tokens[:, k + 1 :]
-                teacher = logits if k == 0 else teacher
+            for k, hidden in enumerate(model(tokens[:, :-1])):
+                logits, target = hidden @ W.T.to(hidden.dtype), tokens[:, k + 1 :]     # (B, T-k, V) and (B, T-k)
                 choices.append(logits.argmax(-1))
                 loss[k] += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
                 right[k] += (choices[k] == target).sum()
-                count[k] += target.numel()
-                if k:
+                if k == 0:
+                    teacher = logits
+                else:
                     kl[k - 1] += distill.topn_kl(logits, teacher[:, k:], cfg.top_n, cfg.kl) * target.numel()
         accepted += torch.bincount(decode.accepted_lengths(choices).flatten(), minlength=K + 1)
     train_mode(model)
@@ -339,7 +337,9 @@ def lr_at(cfg, step):
 def ramp_at(cfg, step):
     """0 before kl_start, then linearly up to 1 within kl_ramp (both fractions of the training)"""
     done = step / max(1, cfg.steps) - cfg.kl_start
-    return 0.0 if done < 0 else min(1.0, done / cfg.kl_ramp) if cfg.kl_ramp > 0 else 1.0
+    if done < 0:
+        return 0.0
+    return min(1.0, done / cfg.kl_ramp) if cfg.kl_ramp > 0 else 1.0
 
 
 def make_optimizer(model, cfg):
@@ -351,9 +351,8 @@ def make_optimizer(model, cfg):
 
 
 def clip_gradients(model, cfg):
-    heads = [p for p in model.heads.parameters() if p.grad is not None]
-    mine = {id(p) for p in heads}
-    rest = [p for p in model.parameters() if p.grad is not None and id(p) not in mine]
+    heads = list(model.heads.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("heads.")]
     for group in (heads, rest) if cfg.clip_apart else (heads + rest,):
         torch.nn.utils.clip_grad_norm_(group, cfg.clip)
 
