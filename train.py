@@ -158,6 +158,11 @@ def weights(cfg):
 # the machine
 
 
+def processes():
+    """-> (rank of this process, how many there are): torchrun says so"""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def pick_device(name):
     there = [d for d, ok in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if ok]
     if name not in ("auto", *there):
@@ -370,13 +375,30 @@ def micro_step(net, model, cfg, tokens, ramp, share):
     return torch.cat((loss.detach()[None], ce, kl)) * share
 
 
+def whole_step(net, model, optimizer, cfg, step, parts, dtype):
+    """one optimizer step on micro-batches (B, T+1) -> the mean loss, and CE and KL of each head, (2K+2,)"""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(cfg, step)
+    total = 0
+    for i, tokens in enumerate(parts):
+        # several processes average their gradients once, at the last micro-batch
+        sync = nullcontext() if net is model or i == len(parts) - 1 else net.no_sync()
+        with sync, autocast(tokens.device, dtype):
+            total = total + micro_step(net, model, cfg, tokens, ramp_at(cfg, step), 1 / len(parts))
+    if cfg.clip:
+        clip_gradients(model, cfg)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
 def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=False, quiet=False):
     """
     train `model` (on its device) for cfg.steps steps; only what requires a gradient moves (extend.py freezes the rest)
     start, state: the step and the checkpoint to go on from;  extra: more entries for the checkpoint;  append: to an existing log
     -> the last evaluation (see evaluate)
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes()
     device, dtype = model.weight.device, pick_dtype(cfg.dtype, model.weight.device)[0]
     micro = cfg.micro_batch or -(-cfg.batch_size // world)
     if cfg.batch_size % (micro * world):
@@ -401,19 +423,8 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
     train_mode(model)
     pending, clock, last = [], time.perf_counter(), None
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(cfg, step)
         tokens = windows(train, batch_starts(cfg, step, len(train))[rank::world], cfg.block_size, device)
-        total, shares = 0, len(tokens) // micro
-        for i, part in enumerate(tokens.split(micro)):
-            sync = nullcontext() if world == 1 or i == shares - 1 else net.no_sync()
-            with sync, autocast(device, dtype):
-                total = total + micro_step(net, model, cfg, part, ramp_at(cfg, step), 1 / shares)
-        if cfg.clip:
-            clip_gradients(model, cfg)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        pending.append(total)
+        pending.append(whole_step(net, model, optimizer, cfg, step, tokens.split(micro), dtype))
         done = step + 1
         if rank or not (done % cfg.log_every == 0 or done % cfg.eval_every == 0 or done == cfg.steps):
             continue
@@ -487,18 +498,32 @@ def table(result, meta):
     return "\n".join(lines + [f"expected from CAR: {result['tokens_per_forward']:.2f} tokens per forward of the main model"])
 
 
-def sample(model, val, meta, tokens=160, temperature=0.8, seed=1):
+def sample(model, val, meta, temperature=0.8):
     """continue the beginning of the validation text by speculative decoding -> text to print"""
     tokenizer = Tokenizer(meta["tokenizer"])
     if model.config.block_size < 2:
         return "(a context of one token leaves no room for a sample)"
     prompt = [int(t) for t in val[: min(32, max(1, model.config.block_size // 4))]]
-    tokens = min(tokens, model.config.block_size - len(prompt))
-    generator = torch.Generator(device=model.weight.device).manual_seed(seed)
-    (ids,), stats = decode.generate(model, [prompt], tokens, temperature=temperature, top_k=min(50, model.config.vocab_size),
+    generator = torch.Generator(device=model.weight.device).manual_seed(1)
+    (ids,), stats = decode.generate(model, [prompt], 160, temperature=temperature, top_k=min(50, model.config.vocab_size),
                                     generator=generator)
     return (f"--- a sample at temperature {temperature}: {stats.tokens} tokens in {stats.forwards} forwards "
             f"({stats.tokens_per_forward:.2f} each)\n{tokenizer.decode(prompt)}[..]{tokenizer.decode(ids)}\n---")
+
+
+def resumed(path, given):
+    """-> (the checkpoint's model, its other entries, its config with the given flags)"""
+    model, state = load_checkpoint(path)
+    if "extension" in state:
+        raise ValueError(f"{path} is an extension: `python extend.py --resume` goes on with it")
+    for name, value in given.items():
+        if name in dataclasses.asdict(model.config) and value != getattr(model.config, name):
+            raise ValueError(f"--{name} {value} disagrees with the checkpoint, which has {getattr(model.config, name)}: "
+                             "leave the flag out, or train from scratch without --resume")
+    cfg = check(TrainConfig(**{**state["train_config"], **given}))
+    if cfg.steps <= state["step"]:
+        raise ValueError(f"{path} is at step {state['step']} of {cfg.steps} already; give a larger --steps to go on")
+    return model, state, cfg
 
 
 def main():
@@ -506,26 +531,17 @@ def main():
         ("--resume", dict(default="", metavar="CKPT", help="go on from this checkpoint; its config holds, but for flags given")),
         ("--bench", dict(action="store_true", help="time training steps instead of training")),
         ("--json", dict(action="store_true", help="print the results as one JSON document on the last line"))])
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    state, start = None, 0
+    rank, world = processes()
     if rest["resume"]:
-        model, state = load_checkpoint(rest["resume"])
-        if "extension" in state:
-            raise ValueError(f"{rest['resume']} is an extension: `python extend.py --resume` goes on with it")
-        for name, value in given.items():
-            if name in dataclasses.asdict(model.config) and value != getattr(model.config, name):
-                raise ValueError(f"--{name} {value} disagrees with the checkpoint, which has {getattr(model.config, name)}: "
-                                 "leave the flag out, or train from scratch without --resume")
-        cfg, start = check(TrainConfig(**{**state["train_config"], **given})), state["step"]
-        if cfg.steps <= start:
-            raise ValueError(f"{rest['resume']} is at step {start} of {cfg.steps} already; give a larger --steps to go on")
+        model, state, cfg = resumed(rest["resume"], given)
+        start = state["step"]
     else:
-        cfg = make_config(given)
+        model, state, cfg, start = None, None, make_config(given), 0
     device = pick_device(cfg.device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype, why = pick_dtype(cfg.dtype, device)
     torch.set_float32_matmul_precision("high")                 # tf32 for what stays in fp32 on a GPU
@@ -534,13 +550,15 @@ def main():
     if rest["bench"]:
         from results import bench
         rows = bench.bench_training(cfg, device, dtype)
-        return print(json.dumps(rows)) if rest["json"] else None
+        if rest["json"]:
+            print(json.dumps(rows))
+        return
     if world > 1 and rank:
         torch.distributed.barrier()                            # rank 0 prepares the data, the others wait for it
     train, val, meta = open_data(cfg)
     if world > 1 and rank == 0:
         torch.distributed.barrier()
-    if state is None:
+    if model is None:
         torch.manual_seed(cfg.seed)
         vocab = meta["vocab_size"] if meta["vocab_size"] < 1024 else -(-meta["vocab_size"] // 64) * 64
         model = GPT(GPTConfig(vocab, **{k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")}))
