@@ -3,10 +3,11 @@ reproduce.py: the paper in miniature. Trains and measures everything that README
 
     python results/reproduce.py --scale tiny                  2 CPU cores, one seed
     python results/reproduce.py --scale gpu --prose TEXT      one CUDA GPU, three seeds, all parts
-    python results/reproduce.py --scale gpu --part effect     one part: effect, ablation, extend, speed, cost, nanogpt
+    python results/reproduce.py --scale gpu --part effect     one part: effect, entropy, ablation, extend, speed, cost, nanogpt
     python results/reproduce.py --scale gpu --part tables     only tables.md and the figures, from the rows that are there
 
 Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
+        entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
         ablation  the paper's ablation at K = 1: start, detach, N, beta, direction, where the gradient goes
         extend    the K = 4 models looped to 8 and to 16 heads
         speed     decoding with 0 .. 16 heads, and in batches
@@ -15,7 +16,7 @@ Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with -
 
 Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run that has a row is not
 run again, so an interrupted call goes on where it stopped. Checkpoints go to --work (out/reproduce), and are needed by
-extend and speed. --prose takes a text file (its vocabulary is trained here) or a prepared folder.
+entropy, extend and speed. --prose takes a text file (its vocabulary is trained here) or a prepared folder.
 """
 
 import argparse
@@ -31,7 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+
+import tables  # noqa: E402
 
 MODEL = {
     "tiny": "--preset tiny --eval_windows 200",
@@ -57,7 +60,10 @@ class Runner:
         self.folder, self.work, self.parallel, self.lock = ROOT / "results" / scale, Path(work), parallel, threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "runs.jsonl"
-        self.rows = [json.loads(line) for line in open(self.path, encoding="utf-8")] if self.path.exists() else []
+        self.rows = tables.read(self.path)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with open(self.path, "a", encoding="utf-8") as file:     # after a half line, the next row begins its own
+                file.write("\n")
 
     def add(self, **row):
         import torch
@@ -117,6 +123,13 @@ def effect(args, runner, sources):
     runner.all(jobs)
 
 
+def entropy(args, runner, sources):
+    runner.all([(f"entropy {text} K4 {method} seed{seed}", "entropy",
+                 ["results/entropy.py", str(runner.work / f"{text} K4 {method} seed{seed}".replace(" ", "_")) + "/ckpt.pt", "--json"],
+                 dict(seed=seed, text=text, K=4, method=method))
+                for text in sources for method in ("MTP", "MTP-D") for seed in SEEDS[args.scale]])
+
+
 def ablation(args, runner, sources):
     text, (data, extra) = list(sources.items())[-1]
     jobs = []
@@ -166,14 +179,14 @@ def nanogpt(args, runner, sources):
     runner.all([(f"shakespeare K{K}", "nanogpt", ["train.py", "--preset", "shakespeare", "--data", args.shakespeare, "--n_mtp", str(K), "--compile", "blocks", "--log_every", "100",
                 "--out", str(runner.work / f"shakespeare{K}"), "--json"], dict(K=K, seed=1)) for K in (0, 4)])
     for K in (0, 4):
-        log = runner.work / f"shakespeare{K}" / "log.jsonl"
+        log = ROOT / runner.work / f"shakespeare{K}" / "log.jsonl"
         if log.exists() and not runner.has(f"shakespeare K{K} curve"):
             vals = [row for row in map(json.loads, open(log, encoding="utf-8")) if "val" in row]
             ms = statistics.median(row["ms"] for row in map(json.loads, open(log, encoding="utf-8")) if "ms" in row)
             runner.add(name=f"shakespeare K{K} curve", part="nanogpt", result=dict(step=[v["step"] for v in vals], val=[round(v["val"]["loss"][0], 4) for v in vals], ms_per_step=round(ms, 2)))
 
 
-PARTS = {"effect": effect, "ablation": ablation, "extend": extend, "nanogpt": nanogpt, "speed": speed, "cost": cost}
+PARTS = {"effect": effect, "entropy": entropy, "ablation": ablation, "extend": extend, "nanogpt": nanogpt, "speed": speed, "cost": cost}
 
 
 def main():
@@ -197,7 +210,6 @@ def main():
         if args.part == "all" or name in args.part.split(","):
             print(f"== {name}", flush=True)
             part(args, runner, sources)
-    import tables
     tables.write(runner.folder, runner.rows)
 
 

@@ -81,11 +81,47 @@ def speed_table(rows):
     for row in rows:
         if row.get("part") == "speed" and isinstance(row["result"], list):
             lines = [[Path(r["checkpoint"]).parent.name, r["temperature"], r["batch"], r["heads"], f"{r['tokens_per_forward']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}",
-                      f"{r['predicted_speedup']:.2f}", f"{r['over_one'] or 0:.2f}", f"{r['ms_round']:.3f}", f"{r['looping']}/{r['prompts'] // r['batch']}"] for r in row["result"]]
+                      f"{r['predicted_speedup']:.2f}",
+                      f"{r['over_one']:.2f}" if r["over_one"] else "", f"{r['ms_round']:.3f}", f"{r['looping']}/{r['prompts'] // r['batch']}"] for r in row["result"]]
             out += markdown(f"Decoding: {row['name']}, {row['device']}", ["checkpoint", "temperature", "batch", "heads", "tokens per forward", "tokens/s", "x plain", "predicted", "x 1 head", "ms a round",
                                                                           "looping, left out"], lines)
         if row["name"].startswith("check"):
             out += f"`{row['command']}`: {row['result']['same']} of {row['result']['prompts']} greedy continuations identical; the others part at near-ties.\n\n"
+    return out
+
+
+def entropy_runs(rows):
+    """{(text, K): {method: {seed: [head 1, head K]}}} and the bins' edges"""
+    runs, edges = {}, []
+    for (text, K, method), group_rows in sorted(group(rows, "entropy", "text", "K", "method").items()):
+        for row in group_rows:
+            (result,) = row["result"]
+            runs.setdefault((text, K), {}).setdefault(method, {})[row["seed"]] = result["heads"]
+            edges = result["edges"]
+    return runs, edges
+
+
+def in_bin(runs, head, key, b):
+    """{seed: value of bin b}; seeds without a position in the bin are left out"""
+    return {seed: heads[head][key][b] for seed, heads in runs.items() if heads[head][key][b] is not None}
+
+
+def entropy_table(rows):
+    out, (runs, edges) = "", entropy_runs(rows)
+    for (text, K), methods in runs.items():
+        plain, ours, lines = methods.get("MTP", {}), methods.get("MTP-D", {}), []
+        for b, edge in enumerate(edges):
+            shares = [h[0]["count"][b] / sum(h[0]["count"]) for runs in (plain, ours) for h in runs.values()]
+            a, c = in_bin(plain, 0, "accepted", b), in_bin(ours, 0, "accepted", b)
+            line = [f"{edge:g} to {edges[b + 1]:g}" if b + 1 < len(edges) else f"from {edge:g}", spread(shares, 100, 1), spread([*a.values()], 100, 1),
+                    spread([*c.values()], 100, 1), spread([c[seed] - a[seed] for seed in c if seed in a], 100, 1)]
+            for head, key in ((0, "overlap"), (-1, "accepted"), (-1, "overlap")) if K > 1 else ((0, "overlap"),):
+                line += [spread([*in_bin(runs, head, key, b).values()], 100, 1) for runs in (plain, ours)]
+            if sum(shares):
+                lines.append(line)
+        names = [f"{what}, {method}" for what in ("1 - TV of head 1 %", f"AR_{K} %", f"1 - TV of head {K} %") for method in ("MTP", "MTP-D")]
+        out += markdown(f"Acceptance by the main head's entropy: {text}, K = {K} (mean over {max(len(plain), len(ours))} seeds ± half their range)",
+                        ["entropy, nats", "of the positions %", "AR_1 %, MTP", "AR_1 %, MTP-D", "to MTP, same seed, points", *names[: 6 if K > 1 else 2]], lines)
     return out
 
 
@@ -101,10 +137,134 @@ def cost_table(rows):
 
 
 def shorter(x):
-    return f"{x:.4g}" if isinstance(x, float) else x
+    return f"{x:.4g}" if isinstance(x, float) else "" if x is None else x
 
 
 # -----------------------------------------------------------------------------
+
+
+COLOUR = {"MTP": "#777777", "MTP-D": "#d1495b"}
+
+
+def canvas(plt, panels=1, lines=1):
+    """-> (figure, list of axes); one panel is 640 x 400 pixels, two side by side are 1000 x 400"""
+    fig, axes = plt.subplots(lines, panels, figsize=(5.33 if panels == 1 else 4.17 * panels, 3.33 * lines), squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, list(axes.flat)
+
+
+def car_figure(plt, rows):
+    groups = {key: runs for key, runs in group(rows, "effect", "text", "K", "method").items() if key[1] == 4}
+    texts = sorted({key[0] for key in groups})
+    if not texts:
+        return None
+    fig, axes = canvas(plt, len(texts))
+    for ax, text in zip(axes, texts):
+        for method in COLOUR:
+            for i, run in enumerate(groups.get((text, 4, method), [])):
+                car = [100 * x for x in run["result"]["car"]]
+                ax.plot(range(1, len(car) + 1), car, "o-", color=COLOUR[method], alpha=0.7, lw=1.2, ms=4, label=method if i == 0 else None)
+        ax.set(title=f"{text}, K = 4: a line a seed", xlabel="head k", ylabel="CAR_k: drafts 1..k accepted, %", xticks=range(1, 5), ylim=(0, None))
+        ax.legend(frameon=False)
+    return fig
+
+
+def tradeoff_figure(plt, rows):
+    groups = group(rows, "ablation", "variant")
+    if not groups:
+        return None
+    fig, (ax,) = canvas(plt)
+    points = sorted((statistics.mean(100 * r["result"]["ar"][0] for r in runs), statistics.mean(r["result"]["loss"][0] for r in runs), variant)
+                    for (variant,), runs in groups.items())
+    for i, (y, x, variant) in enumerate(points):                # the names in a column on the right, in the order of the points
+        colour = COLOUR["MTP" if variant == "MTP" else "MTP-D"]
+        ax.plot(x, y, "o", ms=5, color=colour)
+        ax.annotate(variant, (x, y), xytext=(1.03, (i + 0.5) / len(points)), textcoords="axes fraction", fontsize=7, va="center", color=colour,
+                    arrowprops=dict(arrowstyle="-", color="#bbbbbb", lw=0.5, shrinkA=1, shrinkB=3, relpos=(0, 0.5)), annotation_clip=False)
+    ax.set(title="K = 1: what acceptance costs", xlabel="main head's validation loss, nats (left: better)", ylabel="AR_1, % (up: better)")
+    ax.margins(x=0.1, y=0.08)
+    return fig
+
+
+def speed_figure(plt, rows):
+    groups = {}
+    for row in rows:
+        for r in row["result"] if row.get("part") == "speed" and isinstance(row["result"], list) else ():
+            if r["batch"] == 1 and r["temperature"] == 1:
+                groups.setdefault(row["name"], {}).setdefault(r["checkpoint"], []).append(r)
+    if not groups:
+        return None
+    fig, axes = canvas(plt, 2, len(groups))
+    for n, (name, checkpoints) in enumerate(groups.items()):
+        left, right = axes[2 * n : 2 * n + 2]
+        for i, (path, mine) in enumerate(checkpoints.items()):
+            mine = sorted(mine, key=lambda r: r["heads"])
+            x, style = [r["heads"] for r in mine], dict(color=f"C{i}", lw=1.2)
+            left.plot(x, [r["tokens_per_forward"] for r in mine], "o-", ms=4, label=Path(path).parent.name.replace("_", " "), **style)
+            right.plot(x, [r["speedup"] for r in mine], "o-", ms=4, **style)
+            right.plot(x, [r["predicted_speedup"] for r in mine], ":", **style)
+        right.plot([], [], "ko-", lw=1.2, ms=4, label="measured")
+        right.plot([], [], "k:", lw=1.2, label="predicted from CAR and times")
+        right.axhline(1, color="#cccccc", lw=1, zorder=0)
+        left.set(title=f"{name}: temperature 1, batch 1", xlabel="heads that draft", ylabel="tokens per forward")
+        right.set(title="the same, by the clock", xlabel="heads that draft", ylabel="speed over plain decoding, x")
+        for ax in (left, right):
+            ax.set_xticks(sorted({r["heads"] for mine in checkpoints.values() for r in mine}))
+            ax.legend(fontsize=7, frameon=False)
+    return fig
+
+
+def entropy_figure(plt, rows):
+    runs, edges = entropy_runs(rows)
+    if not runs:
+        return None
+    fig, axes = canvas(plt, len(runs))
+    ends = [*edges[1:], edges[-1] + 1]                          # the last bin is open; ln V is seldom much more
+    for ax, ((text, K), methods) in zip(axes, runs.items()):
+        counts = [heads[0]["count"] for seeds in methods.values() for heads in seeds.values()]
+        shares = [statistics.mean(100 * c[b] / sum(c) for c in counts) for b in range(len(edges))]
+        ax.bar(edges, shares, [hi - lo for lo, hi in zip(edges, ends)], align="edge", color="#ececec", edgecolor="white", label="share of the positions", zorder=0)
+        for method in COLOUR:
+            for key, line, what in (("accepted", "o-", "argmax"), ("overlap", ":", "sampled")):
+                bins = [b for b in range(len(edges)) if in_bin(methods.get(method, {}), 0, key, b)]
+                x, y = ([[100 ** (k != "entropy") * v for v in in_bin(methods[method], 0, k, b).values()] for b in bins] for k in ("entropy", key))
+                x = [statistics.mean(v) for v in x]
+                if bins:
+                    ax.plot(x, [statistics.mean(v) for v in y], line, color=COLOUR[method], lw=1.2, ms=3.5, label=f"{method}, {what}")
+                    ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=COLOUR[method], alpha=0.2, lw=0)
+        ax.set(title=f"{text}, K = {K}: head 1, mean and range of the seeds", xlabel="entropy of the main head's distribution, nats",
+               ylabel="drafts accepted, %", ylim=(0, 103), xlim=(0, max(end for end, share in zip(ends, shares) if share)))
+        ax.legend(fontsize=7, frameon=False, loc="center left")
+    return fig
+
+
+def cost_figure(plt, rows):
+    groups = {}
+    for row in rows:
+        for title, lines in row["result"].items() if row.get("part") == "cost" else ():
+            lines = [line for line in lines if "n_mtp" in line]
+            if any(line["n_mtp"] == 0 for line in lines) and any(line["n_mtp"] for line in lines):
+                groups[title, row["device"]] = lines            # a later row stands for an earlier one
+    if not groups:
+        return None
+    fig, axes = canvas(plt, len(groups))
+    for ax, ((title, device), lines) in zip(axes, groups.items()):
+        for key, marker, fill, what in (("ms", "o", "full", "time"), ("peak_gib", "s", "none", "peak memory")):
+            base = [line[key] for line in lines if line["n_mtp"] == 0]
+            if None in base:
+                continue
+            for method in COLOUR:
+                points = sorted((line["n_mtp"], line[key] / statistics.mean(base)) for line in lines if (line["beta"] > 0) == (method == "MTP-D"))
+                if points:
+                    ax.plot(*zip(*points), marker, ls="-" if method == "MTP" else "", fillstyle=fill, ms=5, lw=0.8, color=COLOUR[method], label=f"{method}, {what}")
+        ax.set(xlabel="MTP heads K", ylabel="a training step, over that of K = 0", xticks=sorted({line["n_mtp"] for line in lines}), ylim=(0, None))
+        ax.set_title(f"{title} ({device})", fontsize=9)
+        ax.legend(fontsize=7, frameon=False)
+    return fig
+
+
+FIGURES = {"car": car_figure, "tradeoff": tradeoff_figure, "entropy": entropy_figure, "speed": speed_figure, "cost": cost_figure}
 
 
 def figures(folder, rows):
@@ -115,56 +275,36 @@ def figures(folder, rows):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def save(fig, name):
-        fig.tight_layout()
-        fig.savefig(folder / name, dpi=110)
-        plt.close(fig)
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 10}):
+        for name, draw in FIGURES.items():
+            fig = draw(plt, rows)
+            if fig:
+                fig.tight_layout()
+                fig.savefig(folder / f"{name}.png", dpi=120)
+                plt.close(fig)
 
-    colour = {"MTP": "#888888", "MTP-D": "#d1495b"}
-    groups = {key: runs for key, runs in group(rows, "effect", "text", "K", "method").items() if key[1] > 1}
-    texts = sorted({key[0] for key in groups})
-    if texts:
-        fig, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 3.6), squeeze=False)
-        for ax, text in zip(axes[0], texts):
-            for method in ("MTP", "MTP-D"):
-                for i, run in enumerate(groups.get((text, 4, method), [])):
-                    car = [100 * x for x in run["result"]["car"]]
-                    ax.plot(range(1, len(car) + 1), car, "o-", color=colour[method], alpha=0.7, label=method if i == 0 else None)
-            ax.set(title=f"{text}: drafts 1..k all accepted (a line a seed)", xlabel="head k", ylabel="CAR_k, %", xticks=range(1, 5))
-            ax.legend()
-        save(fig, "car.png")
-    groups = group(rows, "ablation", "variant")
-    if groups:
-        fig, ax = plt.subplots(figsize=(7, 4.4))
-        for (variant,), runs in groups.items():
-            x = statistics.mean(r["result"]["loss"][0] for r in runs)
-            y = statistics.mean(100 * r["result"]["ar"][0] for r in runs)
-            ax.plot(x, y, "o", color=colour["MTP" if variant == "MTP" else "MTP-D"])
-            ax.annotate(variant, (x, y), textcoords="offset points", xytext=(6, 3), fontsize=8)
-        ax.set(xlabel="main head's validation loss (nats): left is better", ylabel="AR_1, %: up is better", title="K = 1: acceptance is bought, and this is the price")
-        ax.margins(x=0.3)
-        save(fig, "tradeoff.png")
-    speeds = [r for row in rows if row.get("part") == "speed" and isinstance(row["result"], list) for r in row["result"] if r["batch"] == 1]
-    sampled = [r for r in speeds if r["temperature"] == 1.0]
-    if sampled:
-        fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-        for i, name in enumerate(sorted({r["checkpoint"] for r in sampled})):
-            mine = sorted((r for r in sampled if r["checkpoint"] == name), key=lambda r: r["heads"])
-            x, label = [r["heads"] for r in mine], Path(name).parent.name
-            left.plot(x, [r["tokens_per_forward"] for r in mine], "o-", color=f"C{i}", label=label)
-            right.plot(x, [r["speedup"] for r in mine], "o-", color=f"C{i}", label="measured" if i == 0 else None)
-            right.plot(x, [r["predicted_speedup"] for r in mine], ":", color=f"C{i}", label="predicted" if i == 0 else None)
-        left.set(title="temperature 1, batch 1", xlabel="heads that draft", ylabel="tokens per forward")
-        right.set(title="wall-clock", xlabel="heads that draft", ylabel="speed over plain decoding")
-        right.axhline(1, color="#cccccc", lw=1)
-        left.legend(fontsize=7)
-        right.legend(fontsize=7)
-        save(fig, "speed.png")
+
+def read(path):
+    """
+    the rows of a runs.jsonl; none where there is no file. A line that is no whole row (the machine stopped while it was
+    written) is left out, and a line on the screen says so: reproduce.py then makes that row again
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines() if Path(path).exists() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "name" in row:
+            rows.append(row)
+        elif line.strip():
+            print(f"{path}, line {number}: not a whole row, left out")
+    return rows
 
 
 def write(folder, rows):
     rows = [row for row in rows if "result" in row]
-    text = "".join(table(rows) for table in (effect_table, ablation_table, extend_table, speed_table, cost_table))
+    text = "".join(table(rows) for table in (effect_table, entropy_table, ablation_table, extend_table, speed_table, cost_table))
     if not text:
         return print(f"no rows in {folder} yet")
     where = sorted({f"{r['device']}, torch {r['torch']}, Python {r['python']}" for r in rows})
@@ -176,4 +316,4 @@ def write(folder, rows):
 
 if __name__ == "__main__":
     place = Path(__file__).resolve().parent / (sys.argv[1] if len(sys.argv) > 1 else "gpu")
-    write(place, [json.loads(line) for line in open(place / "runs.jsonl", encoding="utf-8")])
+    write(place, read(place / "runs.jsonl"))

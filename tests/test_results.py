@@ -1,0 +1,228 @@
+"""results/: acceptance by entropy against slow loops, the tables' arithmetic, and logs that were cut off in a line."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import GPT, GPTConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
+import entropy  # noqa: E402
+import reproduce  # noqa: E402
+import tables  # noqa: E402
+
+HARDWARE = dict(device="toy", torch="2", python="3")
+
+
+def row(name, part, result, **labels):
+    return dict(name=name, part=part, result=result, **labels, **HARDWARE)
+
+
+def effect_row(method, seed, loss, car):
+    result = dict(loss=[loss, 9.0], ar=[car], car=[car], tokens_per_forward=1 + car)
+    return row(f"effect {method} {seed}", "effect", result, text="toy", K=1, method=method, seed=seed)
+
+
+def entropy_row(method, seed, accepted, K=1):
+    """two of three bins have positions: 30 and 10"""
+    head = dict(head=1, count=[30, 0, 10], entropy=[0.5, None, 4.0], accepted=[accepted[0], None, accepted[1]], overlap=[0.9, None, 0.4])
+    result = [dict(checkpoint="toy", edges=[0, 1, 2], heads=[head] * min(K, 2))]
+    return row(f"entropy {method} {seed}", "entropy", result, text="toy", K=K, method=method, seed=seed)
+
+
+def cost_row(*points, title="heads, toy"):
+    lines = [dict(n_mtp=K, beta=beta, top_n=1, ms=ms, tokens_per_s=1.0, peak_gib=gib) for K, beta, ms, gib in points]
+    return row("cost", "cost", {title: lines, "decoding": [dict(batch=1, heads=0, ms=1.0)]})
+
+
+def written(folder, rows, monkeypatch, capsys):
+    """-> (the text of tables.md, what was printed); no figures"""
+    monkeypatch.setattr(tables, "figures", lambda folder, rows: None)
+    tables.write(folder, rows)
+    path = folder / "tables.md"
+    return path.read_text(encoding="utf-8") if path.exists() else "", capsys.readouterr().out
+
+
+def cells(text, *first):
+    """the cells of the one line of a table that begins with these"""
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    (line,) = [line for line in lines if line[: len(first)] == list(first)]
+    return line[len(first) :]
+
+
+# -----------------------------------------------------------------------------
+# entropy.py
+
+
+def test_rows_are_sorted_into_bins_by_the_main_heads_entropy():
+    main = torch.tensor([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.4, 0.2, 0.2, 0.2], [0.4, 0.2, 0.2, 0.2]], dtype=torch.float64)
+    draft = torch.tensor([[0.75, 0.25, 0, 0], [0, 0.25, 0.75, 0], [0.3, 0.3, 0.4, 0], [0.4, 0.2, 0.2, 0.2]], dtype=torch.float64)
+    got = entropy.by_bin(entropy.tally(main.log(), draft.log()))                # entropies 0, 0.693 and twice 1.332
+    assert got["count"] == [1, 0, 1, 2] + [0] * 7
+    assert got["accepted"][:4] == [1, None, 0, 0.5]
+    assert got["overlap"][:4] == [pytest.approx(0.75), None, pytest.approx(0.25), pytest.approx(0.85)]
+    assert got["entropy"][:4] == [0, None, pytest.approx(math.log(2)), pytest.approx(-0.4 * math.log(0.4) - 0.6 * math.log(0.2))]
+    assert all(got[key][4:] == [None] * 7 for key in ("accepted", "overlap", "entropy"))
+
+
+@pytest.fixture
+def toy(float64):
+    """a model of 5 words and two heads whose choices differ, and its validation text"""
+    model = GPT(GPTConfig(5, 8, 1, 1, 8, 2))
+    for p in model.parameters():
+        p.data *= 8 if p.dim() > 1 else 1
+    cfg = train.make_config(dict(preset="tiny", n_mtp=2, block_size=8, eval_windows=9, top_n=3.0))
+    return model, np.random.default_rng(0).integers(0, 5, 100).astype(np.uint16), cfg
+
+
+def test_the_curves_are_those_of_slow_loops(toy):
+    model, val, cfg = toy
+    pairs = {1: [], 2: []}                                                      # entropy, accepted, overlap
+    for w in range(9):
+        main, *heads = [x[0].softmax(-1) for x in model.all_logits(torch.from_numpy(val[8 * w : 8 * w + 8].astype(np.int64))[None])]
+        for i in range(8):
+            good = True
+            for k in (1, 2):
+                if i + k < 8:
+                    p, q = main[i + k], heads[k - 1][i]
+                    same = bool(p.argmax() == q.argmax())
+                    if good:
+                        pairs[k].append((-sum(x * math.log(x) for x in p.tolist()), same, sum(map(min, p.tolist(), q.tolist()))))
+                    good = good and same
+    got = entropy.curves(model, val, cfg, torch.device("cpu"), torch.float64)
+    assert [head["head"] for head in got] == [1, 2] and sum(got[0]["count"]) == 9 * 7
+    for head in got:
+        for b, (low, high) in enumerate(zip(entropy.EDGES, [*entropy.EDGES[1:], math.inf])):
+            mine = [x for x in pairs[head["head"]] if low <= x[0] < high]
+            assert head["count"][b] == len(mine)
+            for key, column in (("entropy", 0), ("accepted", 1), ("overlap", 2)):
+                assert head[key][b] == (pytest.approx(sum(x[column] for x in mine) / len(mine)) if mine else None)
+        assert sum(n > 0 for n in head["count"]) > 1                            # or else the bins were not tried
+
+
+def test_the_last_heads_bins_add_up_to_the_acceptance_of_evaluate(toy):
+    model, val, cfg = toy
+    last = entropy.curves(model, val, cfg, torch.device("cpu"), torch.float64)[-1]
+    accepted = sum(n * rate for n, rate in zip(last["count"], last["accepted"]) if n)
+    ar = train.evaluate(model, val, cfg, torch.device("cpu"), torch.float64)["ar"]
+    assert 0 < ar[1] < 1 and accepted / sum(last["count"]) == pytest.approx(ar[1])
+
+
+# -----------------------------------------------------------------------------
+# tables.py
+
+
+def test_effect_has_means_half_ranges_and_differences_within_a_seed(tmp_path, monkeypatch, capsys):
+    rows = [effect_row("MTP", 1, 3.0, 0.4), effect_row("MTP", 2, 3.3, 0.6), effect_row("MTP-D", 2, 3.4, 0.7),
+            effect_row("MTP-D", 1, 3.05, 0.5), effect_row("MTP-D", 3, 5.0, 0.6)]             # seed 3 has no partner
+    text, _ = written(tmp_path, rows, monkeypatch, capsys)
+    assert cells(text, "toy", "1", "MTP") == ["2", "3.1500 ±0.1500", "", "50.00 ±10.00", "50.00 ±10.00", "1.500 ±0.100"]
+    assert cells(text, "toy", "1", "MTP-D") == ["3", "3.8167 ±0.9750", "0.0750 ±0.0250", "60.00 ±10.00", "60.00 ±10.00", "1.600 ±0.100"]
+
+
+def test_the_entropy_table_has_shares_means_and_differences_within_a_seed(tmp_path, monkeypatch, capsys):
+    rows = [entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)),
+            entropy_row("MTP-D", 1, (0.9, 0.4)), entropy_row("MTP-D", 2, (0.9, 0.5))]
+    text, _ = written(tmp_path, rows, monkeypatch, capsys)
+    assert cells(text, "0 to 1") == ["75.0 ±0.0", "85.0 ±5.0", "90.0 ±0.0", "5.0 ±5.0", "90.0 ±0.0", "90.0 ±0.0"]
+    assert cells(text, "from 2") == ["25.0 ±0.0", "30.0 ±10.0", "45.0 ±5.0", "15.0 ±5.0", "40.0 ±0.0", "40.0 ±0.0"]
+    assert "1 to 2" not in text                                                  # a bin without positions has no line
+
+
+def test_a_part_without_rows_has_no_table(tmp_path, monkeypatch, capsys):
+    titles = {"MTP against MTP-D": effect_row("MTP", 1, 3.0, 0.5), "Acceptance by": entropy_row("MTP", 1, (0.8, 0.2), K=4),
+              "Cost: heads, toy": cost_row((0, 0, 10.0, None))}
+    for left_out in [*titles, None]:
+        text, _ = written(tmp_path, [r for title, r in titles.items() if title != left_out], monkeypatch, capsys)
+        assert [f"## {title}" in text for title in titles] == [title != left_out for title in titles]
+    (tmp_path / "tables.md").unlink()
+    text, said = written(tmp_path, [], monkeypatch, capsys)
+    assert not text and "no rows" in said
+
+
+def test_a_speed_without_one_head_says_nothing_about_it(tmp_path, monkeypatch, capsys):
+    r = dict(checkpoint="a/b.pt", temperature=1.0, batch=8, heads=4, tokens_per_forward=2, tokens_per_s=10, speedup=1, predicted_speedup=1,
+             over_one=None, ms_round=1, looping=0, prompts=8)
+    text, _ = written(tmp_path, [row("speed", "speed", [r])], monkeypatch, capsys)
+    assert cells(text, "a")[7] == ""
+
+
+def test_without_matplotlib_there_are_tables_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    tables.write(tmp_path, [effect_row("MTP", 1, 3.0, 0.5)])
+    assert [p.name for p in tmp_path.iterdir()] == ["tables.md"]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("no figures")] == [
+        "no figures: matplotlib is not installed (pip install matplotlib, or the extra `plots`)"]
+
+
+@pytest.fixture
+def plt():
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+    yield plt
+    plt.close("all")
+
+
+def drawn(fig):
+    """{label: its points} of the first panel"""
+    return {line.get_label(): [tuple(map(float, p)) for p in line.get_xydata()] for line in fig.axes[0].lines}
+
+
+def test_cost_is_drawn_over_that_of_no_heads(plt):
+    points = (0, 0, 10.0, 2.0), (0, 0, 30.0, 2.0), (4, 0, 50.0, 3.0), (4, 0.5, 60.0, 4.0)       # K = 0 took 20 ms in the mean
+    assert drawn(tables.cost_figure(plt, [cost_row(*points)])) == {
+        "MTP, time": [(0, 0.5), (0, 1.5), (4, 2.5)], "MTP-D, time": [(4, 3.0)],
+        "MTP, peak memory": [(0, 1), (0, 1), (4, 1.5)], "MTP-D, peak memory": [(4, 2.0)]}
+    unmeasured = tables.cost_figure(plt, [cost_row((0, 0, 10.0, None), (4, 0, 20.0, None))])
+    assert drawn(unmeasured) == {"MTP, time": [(0, 1), (4, 2)]}
+    assert tables.cost_figure(plt, [cost_row(*points[2:])]) is None               # nothing to compare with
+
+
+def test_entropy_is_drawn_as_the_mean_of_the_seeds(plt):
+    rows = [entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)), entropy_row("MTP-D", 1, (1.0, 0.5))]
+    fig = tables.entropy_figure(plt, rows)
+    close = pytest.approx
+    assert drawn(fig)["MTP, argmax"] == [(0.5, close(85)), (4, close(30))] and drawn(fig)["MTP-D, argmax"] == [(0.5, 100), (4, 50)]
+    assert drawn(fig)["MTP, sampled"] == [(0.5, close(90)), (4, close(40))]
+    assert [bar.get_height() for bar in fig.axes[0].patches] == [75, 0, 25]
+
+
+# -----------------------------------------------------------------------------
+# runs.jsonl
+
+
+def test_a_half_line_is_left_out_and_the_next_row_begins_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    path = tmp_path / "results" / "tiny" / "runs.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"name": "a", "part": "x"}\n\n{"name": "b", "par', encoding="utf-8")
+    assert [r["name"] for r in tables.read(path)] == ["a"]
+    assert capsys.readouterr().out == f"{path}, line 3: not a whole row, left out\n"
+    reproduce.Runner("tiny", "work", 1).add(name="b", part="x")
+    assert [r["name"] for r in tables.read(path)] == ["a", "b"]
+    assert tables.read(tmp_path / "none.jsonl") == []
+
+
+def test_entropy_runs_once_for_each_checkpoint_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    calls, broken = [], "MTP-D_seed2"
+
+    def run(command, **_):
+        calls.append(command[2])
+        return SimpleNamespace(returncode=int(broken in command[2]), stdout="text\n" + json.dumps([1.0]), stderr="no checkpoint")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    begin = list(reproduce.PARTS)
+    assert begin.index("entropy") == begin.index("effect") + 1
+    for expected in (6, 1):                                                     # the second time, only what failed
+        calls.clear()
+        reproduce.entropy(SimpleNamespace(scale="gpu"), reproduce.Runner("gpu", "work", 1), {"python": ("python", "")})
+        assert len(calls) == expected and str(Path("work/python_K4_MTP-D_seed2/ckpt.pt")) in calls
+    assert len(tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")) == 5
