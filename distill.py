@@ -27,6 +27,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+import kernels
+
 DIVERGENCES = ("forward", "reverse", "tv")
 
 
@@ -100,10 +102,10 @@ def topn_kl(student, teacher, n, direction="forward", detach_teacher=True):
 
 def cross_entropy_grad(logits, targets, alpha):
     """logits (R, C, V), targets (C,), alpha (R,) -> CE sums (R,) and d (alpha . CE) / d logits = alpha (P - onehot)"""
-    lse = wide(logits).logsumexp(-1, keepdim=True)                           # (R, C, 1)
-    ce = (lse - wide(logits.gather(-1, targets.expand(len(logits), -1).unsqueeze(-1)))).sum((1, 2))
-    onehot = (targets[:, None] == torch.arange(logits.size(-1), device=logits.device)).to(lse.dtype)    # (C, V)
-    return ce, (alpha[:, None, None] * ((wide(logits) - lse).exp() - onehot)).to(logits.dtype)
+    p = F.log_softmax(wide(logits), dim=-1)                                  # (R, C, V)
+    ce = -p.gather(-1, targets.expand(len(logits), -1).unsqueeze(-1)).sum((1, 2))
+    onehot = (targets[:, None] == torch.arange(logits.size(-1), device=logits.device)).to(p.dtype)     # (C, V)
+    return ce, p.exp_().sub_(onehot).mul_(alpha[:, None, None]).to(logits.dtype)    # in place: fresh memory is slow on a CPU
 
 
 def add_divergence_grad(d_logits, student, teacher, top, beta, kind):
@@ -119,12 +121,14 @@ def add_divergence_grad(d_logits, student, teacher, top, beta, kind):
     return far.sum(1), (beta * d_teacher).sum(0)
 
 
-KERNELS = {f.__name__: f for f in (top_n_indices, cross_entropy_grad, add_divergence_grad)}
+ROW_FUNCTIONS = {f.__name__: f for f in (top_n_indices, cross_entropy_grad, add_divergence_grad)}
+fused = False                                                                # whether kernels.py may do the work
 
 
 def compile_kernels(on=True):
-    """fuse the three functions that touch whole rows of logits (train.py, on CUDA): several times faster there"""
-    globals().update({name: torch.compile(f, dynamic=False) if on else f for name, f in KERNELS.items()})
+    """fuse what touches whole rows of logits (train.py, on CUDA), several times faster there: kernels.py for the paper's
+    loss in bf16, torch.compile of the three functions above for the rest"""
+    globals().update(fused=on, **{name: torch.compile(f, dynamic=False) if on else f for name, f in ROW_FUNCTIONS.items()})
 
 
 def chunk_loss(hidden, weight, targets, alpha, beta, top_n, kind, detach_teacher, weight_grad=True):
@@ -138,6 +142,9 @@ def chunk_loss(hidden, weight, targets, alpha, beta, top_n, kind, detach_teacher
     """
     R, shared = len(alpha), hidden[: len(alpha)]                             # shared: rows whose gradient goes everywhere
     logits = shared @ weight.T                                               # (R, C, V)
+    if fused and kernels.usable(logits) and len(hidden) == R and (not top_n or kind == "forward" and detach_teacher):
+        ce, kl, d_logits = kernels.loss_and_grad(logits, targets, alpha, beta, top_n if R > 1 else 0)
+        return ce, kl, d_logits @ weight, d_logits.flatten(0, 1).T @ shared.flatten(0, 1) if weight_grad else None
     ce, d_logits = cross_entropy_grad(logits, targets, alpha)                # CE_main + sum_k alpha_k CE(P^k, t)
     kl, student, d_student = torch.zeros_like(beta), logits[1:], d_logits[1:]
     if len(hidden) > R:                                                      # kl_grad="heads": the KL has rows of its own

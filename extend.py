@@ -150,6 +150,8 @@ def main():
         if cfg.steps > start:
             after = train.fit(model, stage_config(cfg, heads), data, val, data_meta, start, state,
                               extra={"extension": {**plan, "stage": stage}}, append=stage > 0)
+        elif state:                                            # --resume of an extension that was at its end already
+            after = train.evaluate(model, val, cfg, device, dtype)
         state, start = None, 0
     if cfg.steps == 0:
         train.save_checkpoint(Path(cfg.out) / "ckpt.pt", model, tokenizer=meta["tokenizer"], step=0, train_config=dataclasses.asdict(cfg),

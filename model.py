@@ -38,6 +38,7 @@ class GPTConfig:
     n_embd: int = 384        # d
     n_mtp: int = 4           # K; 0 is a plain GPT
     dropout: float = 0.0
+    embed_std: float = 0.02  # spread of the embedding's initial weights; GPT-2's 0.02 is for wide models, narrow ones like more
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -51,6 +52,8 @@ class GPTConfig:
         if self.n_mtp >= self.block_size:
             raise ValueError(f"n_mtp is {self.n_mtp} with block_size {self.block_size}; head k needs k more tokens "
                              "than the trunk, so n_mtp must be below block_size")
+        if not self.embed_std > 0:
+            raise ValueError(f"embed_std is {self.embed_std}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -75,8 +78,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()    # the mean square in float32 even when x is bf16
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * self.weight).type_as(x)
+        return F.rms_norm(x, x.shape[-1:], self.weight, 1e-5)    # x / sqrt(mean(x^2)) * weight; the mean in float32 even for bf16
 
 
 class Attention(nn.Module):
@@ -166,7 +168,7 @@ class GPT(nn.Module):
         self._set_rope()
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=config.embed_std if module is self.embed else 0.02)
         for name, weight in self.named_parameters():
             if name.endswith("proj.weight"):  # what adds to the residual stream starts smaller, as in GPT-2
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))

@@ -57,6 +57,7 @@ class TrainConfig:
     n_mtp: int = knob(4, "MTP heads K; 0: a plain GPT")
     block_size: int = knob(256, "context length T, in tokens")
     dropout: float = knob(0.0, "dropout rate")
+    embed_std: float = knob(0.02, "spread of the embedding's initial weights; narrow models learn faster with more")
     # optimisation
     steps: int = knob(1000, "optimizer steps")
     batch_size: int = knob(32, "windows of T tokens per optimizer step, over all GPUs")
@@ -88,8 +89,8 @@ class TrainConfig:
 
 
 PRESETS = {
-    "tiny": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=8, steps=480, lr=4e-3, warmup=40,
-                 eval_every=240, eval_windows=128, tokenizer="bpe:2048"),
+    "tiny": dict(n_layer=12, n_head=3, n_embd=96, embed_std=0.05, block_size=128, batch_size=8, steps=600, lr=3e-3, warmup=40,
+                 eval_every=300, eval_windows=128, tokenizer="bpe:2048"),
     "small": dict(data="python+packages", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
                   batch_size=32, micro_batch=16, steps=1500, lr=1e-3, warmup=100),
     "shakespeare": dict(data="shakespeare", tokenizer="bytes", n_layer=6, n_head=6, n_embd=384, block_size=256,
@@ -352,7 +353,7 @@ def make_optimizer(model, cfg):
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=model.weight.device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=model.weight.device.type in ("cuda", "cpu"))
 
 
 def clip_gradients(model, cfg):
@@ -424,7 +425,8 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
     pending, clock, last = [], time.perf_counter(), None
     for step in bar:
         tokens = windows(train, batch_starts(cfg, step, len(train))[rank::world], cfg.block_size, device)
-        pending.append(whole_step(net, model, optimizer, cfg, step, tokens.split(micro), dtype))
+        row = whole_step(net, model, optimizer, cfg, step, tokens.split(micro), dtype)
+        pending += [row] * (rank == 0)
         done = step + 1
         if rank or not (done % cfg.log_every == 0 or done % cfg.eval_every == 0 or done == cfg.steps):
             continue
@@ -561,7 +563,7 @@ def main():
     if model is None:
         torch.manual_seed(cfg.seed)
         vocab = meta["vocab_size"] if meta["vocab_size"] < 1024 else -(-meta["vocab_size"] // 64) * 64
-        model = GPT(GPTConfig(vocab, **{k: getattr(cfg, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")}))
+        model = GPT(GPTConfig(vocab, **{f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)[1:]}))
     elif meta["tokenizer"] != state["tokenizer"]:
         raise ValueError(f"{cfg.data} was made with another tokenizer than {rest['resume']}: pass the data set it was trained on")
     model = model.to(device, torch.float64 if dtype == torch.float64 else None)

@@ -37,14 +37,15 @@ def median(values):
 
 
 @torch.no_grad()
-def milliseconds(function, device, repeats=20):
-    """median time of one call; on CUDA, of one replay of its graph"""
-    times = []
+def milliseconds(functions, device, repeats=20):
+    """median time of one call of each function, called in turns: what slows the machine for a while slows all of them"""
+    times = [[] for _ in functions]
     for _ in range(repeats):
-        begin = now(device)
-        function()
-        times.append(1000 * (now(device) - begin))
-    return median(times)
+        for function, own in zip(functions, times):
+            begin = now(device)
+            function()
+            own.append(1000 * (now(device) - begin))
+    return [median(own) for own in times]
 
 
 # -----------------------------------------------------------------------------
@@ -125,10 +126,11 @@ def compare(models, cfg):
 @torch.no_grad()
 def bench_decoding(model, prompts, cfg, temperature, baseline=None):
     """
-    plain decoding and 1 .. K heads on the same prompts, one after the other for each prompt -> rows (dicts), by heads:
+    plain decoding and 1 .. K heads on the same prompts, one after the other for each prompt -> rows (dicts), by heads.
+    All but looping counts only the prompts whose plain continuation does not end in a loop:
 
     tokens_per_forward, tokens_per_s   medians over prompts;  speedup  median over prompts of the ratio to plain decoding
-    ar, car   teacher-forced, on the plain continuations (the text that is being decoded)
+    ar, car   teacher-forced, on the plain continuations (see text_acceptance)
     predicted tokens per forward from car, and speedup from it and the times of one plain step, one draft, one verify
     over_one  against one head of the first checkpoint (the paper's baseline);  gb_per_s  weights read once a forward
     """
@@ -143,21 +145,20 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
                 for k in [0, *counts]}
     for decoder in decoders.values():
         decode.run_decoder(decoder, groups[0], min(16, cfg.tokens))     # warm up
-    runs, looping, plain = {k: [] for k in decoders}, [], []            # runs[k]: the Stats of each group
+    runs, looping, plain = {k: [] for k in decoders}, [], []            # runs[k]: the Stats of each group; plain: its texts
     for group in groups:
         texts = {k: decode.run_decoder(decoder, group, cfg.tokens) for k, decoder in decoders.items()}
         looping.append(any(loops(ids) for ids in texts[0][0]))
-        plain += [prompt + ids for prompt, ids in zip(group, texts[0][0])]
+        plain.append(list(zip(group, texts[0][0])))
         for k, (_, stats) in texts.items():
             runs[k].append(stats)
     good = [i for i in range(len(groups)) if not looping[i]] or range(len(groups))
-    ar, car = text_acceptance(model, prompts, plain) if counts else ([], [])
+    texts = [text for i in good for text in plain[i]]
+    ar, car = text_acceptance(model, texts, temperature, cfg.top_k or None) if counts else ([], [])
     weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
-    rows = []
-    for k, decoder in decoders.items():
-        whole, draft = time_round(decoder, groups[0], cfg.tokens)
-        if k == 0:
-            step = whole                                                # of plain decoding, which comes first
+    rows, times = [], time_rounds(decoders, groups[0], cfg.tokens)
+    for k in decoders:
+        (step, _), (whole, draft) = times[0], times[k]                  # step: of plain decoding
         tpf = median([runs[k][i].tokens_per_forward for i in good])
         tps = median([runs[k][i].tokens_per_second for i in good])
         speedup = median([runs[k][i].tokens_per_second / runs[0][i].tokens_per_second for i in good])
@@ -173,29 +174,42 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
     return rows
 
 
-def text_acceptance(model, prompts, texts):
-    """(AR, CAR), K numbers each, of the continuations alone; each text is a prompt and what came after it"""
-    K, lengths = model.config.n_mtp, []
-    for prompt, ids in zip(prompts, texts):
-        if len(ids) > K + len(prompt):
-            logits = model.all_logits(torch.tensor([ids[:-1]], device=model.weight.device))
-            lengths.append(decode.accepted_lengths([x.argmax(-1) for x in logits])[0, len(prompt) - 1 :])
-    if not lengths:
+def text_acceptance(model, texts, temperature=0.0, top_k=None):
+    """
+    (AR, CAR), K numbers each, of the continuations in texts, pairs of a prompt and what came after it: how often a round
+    at each position would accept drafts 1..k. Greedy: drafts are right or wrong. Sampled, rule `residual`: draft k is accepted with probability
+    sum_v min(p, q), and CAR_k is the mean product of the first k (of tokens drawn from p, where a round draws them from q)
+    """
+    K, rows = model.config.n_mtp, []
+    for prompt, ids in texts:
+        if len(ids) <= K:
+            continue
+        logits = model.all_logits(torch.tensor([prompt + ids[:-1]], device=model.weight.device))
+        T = len(prompt) + len(ids) - 1 - K                              # rows that have all K drafts
+        if temperature == 0:
+            length = decode.accepted_lengths([x.argmax(-1) for x in logits])[0]                          # (T,)
+            kept = (length[:, None] > torch.arange(K, device=length.device)).double()                   # (T, K)
+        else:
+            p, *q = [decode.probabilities(x[0], temperature, top_k) for x in logits]
+            kept = torch.stack([torch.minimum(p[k : k + T], law[:T]).sum(-1) for k, law in enumerate(q, 1)], 1).cumprod(1)
+        rows.append(kept[len(prompt) - 1 :])
+    if not rows:
         raise ValueError(f"no continuation is longer than {K} tokens, so the acceptance of {K} heads can't be measured: "
                          "give more --tokens or shorter prompts")
-    return decode.rates(torch.bincount(torch.cat(lengths), minlength=K + 1).tolist())
+    car = torch.cat(rows).double().mean(0).tolist()
+    return [b / a if a else 0.0 for a, b in zip([1.0, *car], car)], car
 
 
-def time_round(decoder, group, tokens):
-    """-> milliseconds of a whole round, and of its drafts alone (0 without heads)"""
-    device = decoder.n.device
-    decoder.start(group, tokens)
-    whole = milliseconds(decoder.step, device)
-    if not decoder.heads:
-        return whole, 0.0
-    draft = decoder.capture(decoder.draft) if device.type == "cuda" else decoder.draft
-    decoder.start(group, tokens)
-    return whole, milliseconds(draft, device)
+def time_rounds(decoders, group, tokens):
+    """{heads: decoder} -> {heads: milliseconds of a whole round, and of its drafts alone (0 without heads)}"""
+    device = decoders[0].n.device
+    for decoder in decoders.values():
+        decoder.start(group, tokens)
+    whole = milliseconds([decoder.step for decoder in decoders.values()], device)
+    for decoder in decoders.values():
+        decoder.start(group, tokens)
+    drafts = [d.capture(d.draft) if device.type == "cuda" else d.draft for d in decoders.values()]
+    return {k: (w, d if k else 0.0) for k, w, d in zip(decoders, whole, milliseconds(drafts, device))}
 
 
 def print_decoding(name, rows):
@@ -233,7 +247,8 @@ def time_steps(model, cfg, device, dtype, steps=20):
         begin = now(device)
         with train.autocast(device, dtype):
             train.micro_step(model, model, cfg, tokens[step], 1.0, 1.0)
-        train.clip_gradients(model, cfg)
+        if cfg.clip:
+            train.clip_gradients(model, cfg)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(now(device) - begin)

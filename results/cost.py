@@ -1,7 +1,7 @@
 """
 cost.py: time and memory of training and decoding steps, on random tokens and weights. Run it with the machine to itself.
 
-    python results/cost.py --scale gpu --json       called by reproduce.py --part cost
+    python results/cost.py kl --json       one part, see below; reproduce.py --part cost calls all of a scale
 """
 
 import argparse
@@ -43,33 +43,40 @@ def decoding(device, dtype):
         for heads in (0, 4):
             decoder = decode.Decoder(model, batch, 512, heads, compile=True)
             decoder.start([[1] * 256] * batch, 200)
-            ms = bench.milliseconds(lambda: (decoder.n.fill_(300), decoder.step()), device, 50)
+            ms, = bench.milliseconds([lambda: (decoder.n.fill_(300), decoder.step())], device, 50)
             rows.append(dict(batch=batch, heads=heads, ms=ms, rounds_per_s=1000 / ms))
             print(f"decode 124M batch {batch} heads {heads}: {ms:.3f} ms a round", flush=True)
     return rows
 
 
+def d512(base, windows):
+    return dataclasses.replace(base, n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=windows, micro_batch=windows, compile="blocks")
+
+
+KL = [(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]                # K, beta, N; measured twice, one after the other
+HEADS = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512)]
+PARTS = {
+    "kl": lambda base, *on: {"kl, 8 layers d=512 T=512, 32 windows": bench.bench_training(d512(base, 32), *on, combos=KL + KL)},
+    "extension": lambda base, *on: {"extension, 8 layers d=512 T=512, 16 windows": extension(d512(base, 16), *on)},
+    "heads": lambda base, *on: {"heads, 124M T=1024, 12 windows": bench.bench_training(dataclasses.replace(base, compile="blocks"), *on, combos=HEADS)},
+    "plain": lambda base, *on: {"plain GPT, 124M T=1024, 12 windows, whole model compiled": bench.bench_training(
+        dataclasses.replace(base, compile="model"), *on, combos=[(0, 0, 1)])},
+    "memory": lambda base, *on: {"124M T=1024, 8 windows": bench.bench_training(dataclasses.replace(base, compile="blocks", micro_batch=8), *on, combos=[(4, 0, 1)])},
+    "decoding": lambda base, *on: {"decoding": decoding(*on)},
+    "tiny": lambda base, *on: {"heads, tiny": bench.bench_training(train.make_config(dict(preset="tiny")), *on, steps=5, vocab=2048,
+                                                                   combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])},
+}
+SCALES = {"gpu": ["kl", "extension", "heads", "plain", "memory", "decoding"], "tiny": ["tiny"]}
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", default="tiny")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=list(PARTS), help="kl, extension, heads, plain, memory, decoding: for a GPU; tiny: for a CPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = train.pick_device("auto")
-    dtype = train.pick_dtype("auto", device)[0]
     torch.set_float32_matmul_precision("high")
-    base = train.make_config(dict(preset="gpt2"))
-    out = {}
-    if args.scale == "gpu":
-        d512 = dataclasses.replace(base, n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, micro_batch=32, compile="blocks")
-        out["kl, 8 layers d=512 T=512, 32 windows"] = bench.bench_training(d512, device, dtype, combos=[(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096), (4, 0, 1), (4, 0.5, 512)])
-        out["extension, 8 layers d=512 T=512, 16 windows"] = extension(dataclasses.replace(d512, batch_size=16, micro_batch=16), device, dtype)
-        out["heads, 124M T=1024, 12 windows"] = bench.bench_training(dataclasses.replace(base, compile="blocks"), device, dtype, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512)])
-        out["plain GPT, 124M T=1024, 12 windows, whole model compiled"] = bench.bench_training(dataclasses.replace(base, compile="model"), device, dtype, combos=[(0, 0, 1)])
-        out["124M T=1024, 8 windows"] = bench.bench_training(dataclasses.replace(base, compile="blocks", micro_batch=8), device, dtype, combos=[(4, 0, 1)])
-        out["decoding"] = decoding(device, dtype)
-    else:
-        tiny = train.make_config(dict(preset="tiny"))
-        out["heads, tiny"] = bench.bench_training(tiny, device, dtype, steps=5, vocab=2048, combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])
+    out = PARTS[args.part](train.make_config(dict(preset="gpt2")), device, train.pick_dtype("auto", device)[0])
     if args.json:
         print(json.dumps(out))
 

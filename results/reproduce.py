@@ -60,7 +60,7 @@ class Runner:
         self.folder, self.work, self.parallel, self.lock = ROOT / "results" / scale, Path(work), parallel, threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "runs.jsonl"
-        self.rows = tables.read(self.path)
+        self.rows, self.failed = tables.read(self.path), 0
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with open(self.path, "a", encoding="utf-8") as file:     # after a half line, the next row begins its own
                 file.write("\n")
@@ -84,6 +84,7 @@ class Runner:
         begin = time.time()
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
         if done.returncode:
+            self.failed += 1
             print(f"{name} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             return
         result = json.loads(done.stdout.strip().splitlines()[-1])
@@ -138,7 +139,7 @@ def ablation(args, runner, sources):
             if args.scale == "tiny" and variant not in ("default", "MTP", "paper: KL from step 0", "no detach", "N = 1", "reverse KL"):
                 continue
             beta = "" if "--beta" in more else "--beta 1"
-            jobs.append(train_job(args, args.scale, runner.work, f"ablation {variant} seed{seed}", "ablation", data, seed, f"{extra} --n_mtp 1 {beta} {more}", text=text, variant=variant))
+            jobs.append(train_job(args, args.scale, runner.work, f"ablation {'' if text == 'prose' else text + ' '}{variant} seed{seed}", "ablation", data, seed, f"{extra} --n_mtp 1 {beta} {more}", text=text, variant=variant))
     runner.all(jobs)
 
 
@@ -170,7 +171,9 @@ def speed(args, runner, sources):
 
 
 def cost(args, runner, sources):
-    runner.run("cost", "cost", ["results/cost.py", "--scale", args.scale, "--json"])
+    import cost as costs
+    for part in costs.SCALES[args.scale]:
+        runner.run(f"cost {part}", "cost", ["results/cost.py", part, "--json"])
 
 
 def nanogpt(args, runner, sources):
@@ -211,6 +214,8 @@ def main():
             print(f"== {name}", flush=True)
             part(args, runner, sources)
     tables.write(runner.folder, runner.rows)
+    if runner.failed:
+        sys.exit(f"{runner.failed} runs failed; call it again to run only those")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def config(data, out, **changes):
 
 def new_model(cfg, vocab=257):
     torch.manual_seed(cfg.seed)
-    shape = {name: getattr(cfg, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")}
+    shape = {name: getattr(cfg, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout", "embed_std")}
     return GPT(GPTConfig(vocab, **shape)).double()
 
 
@@ -361,7 +361,7 @@ def test_defaults_then_preset_then_flags(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = train.make_config({"n_layer": 2, "lr": 0.5})
     assert (cfg.preset, cfg.out, cfg.n_layer, cfg.lr) == ("tiny", "out/tiny", 2, 0.5)
-    assert (cfg.n_embd, cfg.weight_decay) == (128, 0.1)
+    assert (cfg.n_embd, cfg.weight_decay) == (96, 0.1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert train.make_config({}).preset == "small" and train.make_config({"preset": "gpt2"}).beta2 == 0.95
     assert train.make_config({"preset": "tiny"}).tokenizer == "bpe:2048"
