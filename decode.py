@@ -178,7 +178,7 @@ class Decoder:
     """
 
     def __init__(self, model, batch, length, heads, temperature=0.0, top_k=None, accept="residual", stop_token=None,
-                 generator=None, compile=False):
+                 generator=None, compile="off"):
         self.model, self.heads, self.generator = model, heads, generator
         self.temperature, self.top_k, self.stop_token = temperature, top_k, stop_token
         # greedy, p and q are one-hot and the three rules are one; without heads there is nothing to refuse
@@ -193,16 +193,19 @@ class Decoder:
         self.row = torch.arange(batch, device=weight.device)[:, None]
         self.back = torch.arange(-heads - 1, 0, device=weight.device)       # offsets of the rows that draft() rebuilds
         self.ahead = torch.arange(heads + 1, device=weight.device)          # .. and of those that verify() reads
-        if compile:
-            self.compile()
+        if compile != "off":
+            self.compile(compile)
         self.step = self.capture(self.round) if weight.is_cuda else self.round
 
-    def compile(self):
-        """fuse the small kernels of each block: most of the time of a GPU at batch 1 goes into launching them. The
-        blocks are alike, so the first one's compilation serves all (start() runs them as they stand)"""
+    def compile(self, what):
+        """fuse the small kernels, whose launches are most of a GPU's time at batch 1. "blocks": one block, whose code serves
+        all that are alike; "round": all of draft() and verify(), a minute to compile and up to a third faster still"""
         import torch._inductor.config
         torch._inductor.config.coordinate_descent_tuning = self.heads == 0  # it tunes products of a matrix and one vector
         torch._dynamo.config.recompile_limit = 64                           # a block is compiled for each number of rows
+        if what == "round":
+            self.draft, self.verify = (torch.compile(f, dynamic=False) for f in (self.draft, self.verify))
+            return
         for part in [*self.model.blocks, *self.model.heads]:
             if part._compiled_call_impl is None:
                 part.compile(dynamic=False)
@@ -331,7 +334,7 @@ def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, acc
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top_k=None, accept="residual", stop_token=None,
-             generator=None, compile=False, watch=None):
+             generator=None, compile="off", watch=None):
     """
     continue each prompt by up to max_new_tokens tokens, or to the end of the context (block_size), or to stop_token
     (which is emitted too)
@@ -339,7 +342,7 @@ def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top
     prompts  list of lists of token ids, of any lengths; each is continued as if it were alone
     heads    MTP heads that draft: None all, 0 plain decoding;  temperature 0: greedy;  top_k: draw among the k likeliest
     accept   "residual" | "match" | "point": all exact (see above);  generator: same seed, same text
-    compile  (CUDA) fuse kernels first: seconds to compile, then faster;  watch: called with the Decoder after each round
+    compile  "off" | "blocks" | "round": fuse kernels first (CUDA; see Decoder.compile);  watch: called with the Decoder after each round
     -> (list of lists of new ids, Stats). Raises ValueError on a bad request.
     """
     heads = model.config.n_mtp if heads is None else heads
@@ -397,7 +400,7 @@ class DecodeConfig:
     seed: int = knob(1, "seed of the draws")
     device: str = knob("auto", "cpu | cuda | mps")
     dtype: str = knob("auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it")
-    compile: bool = knob(False, "fuse kernels first (CUDA): slower to start, faster to run")
+    compile: str = knob("off", "off | blocks (starts faster) | round (runs faster): fuse kernels first, on CUDA")
 
 
 def load(path, cfg):
@@ -498,6 +501,8 @@ def main():
         if m.config.n_mtp == 0:
             print(f"{p} has no MTP heads: decoding plainly, one token a forward")
         check_request(m, [[0]], cfg.tokens, max(0, cfg.heads), cfg.temperature, cfg.top_k or None, cfg.accept)
+    if cfg.compile not in ("off", "blocks", "round"):
+        raise ValueError(f"--compile is {cfg.compile!r}; choose one of off, blocks, round")
     for name, least in dict(top_k=0, count=1, batch=1, prompt_tokens=1).items():
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; it must be at least {least}")

@@ -41,7 +41,7 @@ def decoding(device, dtype):
     rows = []
     for batch in (1, 8, 32):
         for heads in (0, 4):
-            decoder = decode.Decoder(model, batch, 512, heads, compile=True)
+            decoder = decode.Decoder(model, batch, 512, heads, compile="round")
             decoder.start([[1] * 256] * batch, 200)
             ms, = bench.milliseconds([lambda: (decoder.n.fill_(300), decoder.step())], device, 50)
             rows.append(dict(batch=batch, heads=heads, ms=ms, rounds_per_s=1000 / ms))

@@ -157,7 +157,7 @@ def extend(args, runner, sources):
 
 
 def speed(args, runner, sources):
-    fast = ["--compile"] if args.scale == "gpu" else []
+    fast = ["--compile", "blocks"] if args.scale == "gpu" else []
     for text in sources:
         def ckpt(name):
             return str(runner.work / f"{text} {name} seed1".replace(" ", "_")) + "/ckpt.pt"
