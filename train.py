@@ -81,6 +81,7 @@ class TrainConfig:
     kl_ramp: float = knob(0.1, "fraction of training over which beta then rises to its full value")
     # evaluation and the machine
     eval_every: int = knob(250, "steps between evaluations; a checkpoint is written at each")
+    keep_best: bool = knob(False, "write OUT/best.pt too, whenever the validation loss is the lowest so far")
     eval_windows: int = knob(64, "validation windows: always the same, non-overlapping, from the start")
     log_every: int = knob(10, "steps between rows of log.jsonl")
     device: str = knob("auto", "cpu | cuda | mps")
@@ -94,7 +95,7 @@ PRESETS = {
     "small": dict(data="python+packages", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
                   batch_size=32, micro_batch=16, steps=1500, lr=1e-3, warmup=100),
     "shakespeare": dict(data="shakespeare", tokenizer="bytes", n_layer=6, n_head=6, n_embd=384, block_size=256,
-                        dropout=0.2, batch_size=64, steps=5000, lr=1e-3, warmup=100, eval_windows=10000),
+                        dropout=0.2, batch_size=64, steps=5000, lr=1e-3, warmup=100, eval_windows=10000, keep_best=True),
     "gpt2": dict(data="fineweb-edu", tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024,
                  batch_size=480, micro_batch=12, steps=5000, lr=6e-4, warmup=300, beta2=0.95, eval_every=500),
 }
@@ -371,7 +372,8 @@ def micro_step(net, model, cfg, tokens, ramp, share):
     hidden, kl_hidden = hidden if cut else (hidden, None)
     loss, ce, kl = distill.mtp_loss(hidden, model.weight, tokens[:, 1:], alpha=alpha, beta=beta, ramp=ramp, top_n=cfg.top_n,
                                     kl=cfg.kl, detach_teacher=cfg.detach_teacher, kl_hidden=kl_hidden,
-                                    chunk_logits=2**28 if tokens.is_cuda else 2**21)    # a CPU's cache is small
+                                    # a CPU's cache is small; a plain GPT on a GPU makes all of its logits at once
+                                    chunk_logits=2**21 if not tokens.is_cuda else 2**28 if model.config.n_mtp else 2**30)
     (loss * share).backward()
     return torch.cat((loss.detach()[None], ce, kl)) * share
 
@@ -413,17 +415,14 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
         if mode != "off":
             compile_model(model, mode, windows(train, batch_starts(cfg, 0, len(train))[:micro], cfg.block_size, device))
     net = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=0.0 in sum(weights(cfg), []))
-    torch.manual_seed(cfg.seed + rank)                         # dropout
-    if state and rank == 0:
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu())
 
     log = Log(cfg, meta, model, start, append) if rank == 0 else None
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0 or quiet, desc="training", unit="step")
     train_mode(model)
     pending, clock, last = [], time.perf_counter(), None
     for step in bar:
+        # dropout depends on seed and step alone, like the batches (and on the process: each has its own windows)
+        torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2**62)))
         tokens = windows(train, batch_starts(cfg, step, len(train))[rank::world], cfg.block_size, device)
         row = whole_step(net, model, optimizer, cfg, step, tokens.split(micro), dtype)
         pending += [row] * (rank == 0)
@@ -443,14 +442,14 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
             last = evaluate(model, val, cfg, device, dtype)
             if not (all(map(math.isfinite, last["loss"])) and all(p.isfinite().all() for p in model.parameters())):
                 raise FloatingPointError(diverged(cfg, "validation loss", last["loss"][0], done))
-            best = min(best, last["loss"][0])
+            lowest, best = last["loss"][0] < best, min(best, last["loss"][0])
             log.write(step=done, val=last)
-            rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}
-            save_checkpoint(Path(cfg.out) / "ckpt.pt", model, tokenizer=meta["tokenizer"], optimizer=optimizer.state_dict(),
-                            step=done, rng=rng, train_config=dataclasses.asdict(cfg), best_loss=best,
-                            data_sha256=meta["sha256"], **(extra or {}))
+            for name in ["ckpt.pt"] + ["best.pt"] * (cfg.keep_best and lowest):
+                save_checkpoint(Path(cfg.out) / name, model, tokenizer=meta["tokenizer"], optimizer=optimizer.state_dict(), step=done,
+                                train_config=dataclasses.asdict(cfg), best_loss=best, data_sha256=meta["sha256"], **(extra or {}))
             heads = " ".join(f"{x:.3f}" for x in last["ar"])
-            bar.write(f"step {done}: val loss {last['loss'][0]:.4f}, AR [{heads}], {last['tokens_per_forward']:.2f} tokens per forward")
+            bar.write(f"step {done}: val loss {last['loss'][0]:.4f}{' (lowest so far)' * lowest}, AR [{heads}], "
+                      f"{last['tokens_per_forward']:.2f} tokens per forward")
             clock = time.perf_counter()
     return last
 

@@ -299,7 +299,7 @@ def test_log_checkpoint_and_json(data, tmp_path, monkeypatch, capsys):
     assert len(rows[0]["ce"]) == 3 and len(rows[0]["kl"]) == 2
     assert "bits per byte" in out and "a sample at temperature" in out
     raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert set(raw) >= {"config", "model", "tokenizer", "optimizer", "step", "rng", "train_config", "best_loss"}
+    assert set(raw) >= {"config", "model", "tokenizer", "optimizer", "step", "train_config", "best_loss"}
     assert not any("_orig_mod" in name for name in raw["model"]) and raw["train_config"]["steps"] == 5
     model, loaded = train.load_checkpoint(tmp_path / "ckpt.pt")
     assert not model.training and model.weight.dtype == torch.float64 and loaded["tokenizer"] == {"kind": "bytes"}
@@ -564,3 +564,13 @@ if __name__ == "__main__":                                               # the f
     torch.set_num_threads(1)
     fork = "fork" if sys.platform == "linux" else "spawn"                # torch is imported: forked, it is so in both
     torch.multiprocessing.start_processes(ddp_worker, nprocs=2, start_method=fork)
+
+
+def test_keep_best_keeps_the_lowest(data, tmp_path, monkeypatch):
+    """best.pt is the checkpoint of the lowest validation loss, and stays when the loss rises again"""
+    losses = iter([3.0, 1.0, 2.0])
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: {**(x := real(*args)), "loss": [next(losses), *x["loss"][1:]]})
+    fit(config(data, tmp_path, steps=6, eval_every=2, keep_best=True))
+    steps = {name: train.load_checkpoint(tmp_path / name)[1]["step"] for name in ("best.pt", "ckpt.pt")}
+    assert steps == {"best.pt": 4, "ckpt.pt": 6}
