@@ -25,6 +25,9 @@ except ImportError:                                            # Windows, macOS,
     triton = None
 
 
+BLOCK = 2048                                                   # logits that loss_grad takes at a time
+
+
 def usable(logits):
     """whether loss_and_grad takes these logits"""
     on_device = logits.is_cuda or (triton is not None and triton.knobs.runtime.interpret)     # interpreted on a CPU: for tests
@@ -43,7 +46,7 @@ def loss_and_grad(logits, targets, alpha, beta, top_n):
     if top_n:
         teacher_sums[(C,)](logits, teacher, top_n, C, V, triton.next_power_of_2(V), num_warps=16 if V > 8192 else 4)
     loss_grad[(C * R,)](logits, d_logits, targets, teacher, alpha, torch.cat((torch.zeros_like(alpha[:1]), beta)), ce, kl,
-                        R, C, V, WITH_KL=bool(top_n), BLOCK=min(2048, triton.next_power_of_2(V)), num_warps=4)
+                        R, C, V, WITH_KL=bool(top_n), BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=4)
     return ce.sum(1), kl[1:].sum(1), d_logits
 
 

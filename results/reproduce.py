@@ -50,6 +50,7 @@ ABLATION = {                                   # K = 1; what differs from the de
     "beta 0.3": "--beta 0.3", "beta 1.5": "--beta 1.5", "reverse KL": "--kl reverse", "total variation": "--kl tv",
     "KL into heads only": "--kl_grad heads", "heads only, step 0, clipped apart": f"--kl_grad heads --clip_apart {PAPER}",
 }
+TWINS = {"default": "MTP-D", "MTP": "MTP"}     # rows of the ablation that the part effect has made already
 EXTEND_STEPS = {"tiny": "", "gpu": "--steps 200 --compile off"}
 
 
@@ -138,8 +139,11 @@ def ablation(args, runner, sources):
         for seed in SEEDS[args.scale][:2]:
             if args.scale == "tiny" and variant not in ("default", "MTP", "paper: KL from step 0", "no detach", "N = 1", "reverse KL"):
                 continue
-            beta = "" if "--beta" in more else "--beta 1"
-            jobs.append(train_job(args, args.scale, runner.work, f"ablation {'' if text == 'prose' else text + ' '}{variant} seed{seed}", "ablation", data, seed, f"{extra} --n_mtp 1 {beta} {more}", text=text, variant=variant))
+            beta, name = "" if "--beta" in more else "--beta 1", f"ablation {'' if text == 'prose' else text + ' '}{variant} seed{seed}"
+            twin = next((r for r in runner.rows if r["name"] == f"{text} K1 {TWINS.get(variant)} seed{seed}"), None)
+            if twin and not runner.has(name):                  # the same command has run in the part effect
+                runner.add(**{**twin, "name": name, "part": "ablation", "variant": variant})
+            jobs.append(train_job(args, args.scale, runner.work, name, "ablation", data, seed, f"{extra} --n_mtp 1 {beta} {more}", text=text, variant=variant))
     runner.all(jobs)
 
 

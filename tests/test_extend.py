@@ -270,7 +270,11 @@ def test_resuming_an_extension_equals_not_stopping(base, tmp_path, monkeypatch):
     assert_same_end(whole, cut)
     rows = [row for row in log_rows(tmp_path / "cut") if "val" not in row]
     assert [row.get("start", row.get("step")) for row in rows] == [0, 1, 2, 3, 4, 5, 4, 5, 6]
-    call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")              # nothing is left to do, and nothing happens
+    shown = []
+    monkeypatch.setattr(extend, "comparison", lambda before, after, m: shown.append((before["loss"], after["loss"])))
+    call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")              # nothing is left to do, and nothing happens ..
+    (before, after), = shown
+    assert before[:3] == after[:3] and before[3:] != after[3:]           # .. but the trained heads are still shown as trained
     assert_same_end(whole, train.load_checkpoint(tmp_path / "cut/ckpt.pt"))
 
 
