@@ -137,6 +137,8 @@ def cost_table(rows):
 
 
 def shorter(x):
+    if isinstance(x, (int, float)) and x >= 10000:
+        return f"{x:,.0f}"
     return f"{x:.4g}" if isinstance(x, float) else "" if x is None else x
 
 
