@@ -199,7 +199,8 @@ class Decoder:
 
     def compile(self, what):
         """fuse the small kernels, whose launches are most of a GPU's time at batch 1. "blocks": one block, whose code serves
-        all that are alike; "round": all of draft() and verify(), a minute to compile and up to a third faster still"""
+        all that are alike; "round": all of draft() and verify(), a minute to compile and a sixth to a third less time still.
+        Inductor's settings are the process's own, and compiled blocks stay compiled"""
         import torch._inductor.config
         torch._inductor.config.coordinate_descent_tuning = self.heads == 0  # it tunes products of a matrix and one vector
         torch._dynamo.config.recompile_limit = 64                           # a block is compiled for each number of rows

@@ -79,6 +79,7 @@ def extension_config(meta, model, given, m):
     elif "batch_size" in kept:
         kept["micro_batch"] = 0
     cfg = dataclasses.replace(base, **kept, n_mtp=m, out=flags["out"], device=flags["device"], compile=flags["compile"], steps=steps,
+                              keep_best=False,                 # the main head's loss is frozen: it can't say which is best
                               warmup=min(base.warmup, steps // 10),
                               kl_start=0.0, kl_ramp=0.0)       # the teacher is trained and frozen: learn from it at once
     alpha, beta = train.weights(cfg)

@@ -9,7 +9,8 @@ train.py: train a GPT with MTP heads, self-distilled (MTP-D), on real text.
     python train.py --preset gpt2 --bench              time and memory of a training step for K = 0, 1, 2, 4
     python train.py -h                                 every flag, its default and its meaning
 
-Writes OUT/ckpt.pt (weights, config, tokenizer, optimizer: all that decode.py and extend.py need) and OUT/log.jsonl.
+Writes OUT/ckpt.pt (weights, config, tokenizer, optimizer: all that decode.py and extend.py need), OUT/log.jsonl and,
+with --keep_best, OUT/best.pt, the checkpoint of the lowest validation loss.
 Ends with a table (per head: loss, acceptance) and a sample drawn by speculative decoding.
 """
 
@@ -34,14 +35,11 @@ from tqdm import tqdm
 import decode
 import distill
 from data.prepare import DEFAULT_TOKENIZER, PATH_TOKENIZER, Tokenizer, load_dataset, prepare
+from decode import knob
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # every knob, with its default and meaning; presets below change some of them, flags change any
-
-
-def knob(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -61,7 +59,7 @@ class TrainConfig:
     # optimisation
     steps: int = knob(1000, "optimizer steps")
     batch_size: int = knob(32, "windows of T tokens per optimizer step, over all GPUs")
-    micro_batch: int = knob(0, "windows per forward; fewer need less memory and give the same result; 0: all at once")
+    micro_batch: int = knob(0, "windows per forward; fewer need less memory and give the same result (but for dropout); 0: all at once")
     lr: float = knob(1e-3, "peak learning rate (AdamW)")
     min_lr: float = knob(0.1, "final learning rate, as a fraction of the peak")
     warmup: int = knob(100, "steps of linear warm-up")
@@ -121,7 +119,7 @@ def make_config(given):
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     cfg = TrainConfig(**{**PRESETS[preset], **given, "preset": preset})
-    if "data" in given and "tokenizer" not in given:
+    if "tokenizer" not in given and cfg.data != PRESETS[preset].get("data", TrainConfig.data):
         cfg.tokenizer = ""                                     # the preset's vocabulary was chosen for the preset's text
     cfg.out = cfg.out or f"out/{preset}"
     if cfg.steps < 1:
@@ -195,6 +193,8 @@ def compile_model(model, mode, tokens):
                 part.compile(dynamic=False)
         distill.compile_kernels()
         distill.mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:])[0].backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no compiler, no Triton, an old GPU: the reasons are many and none of them is fatal
         print(f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).splitlines()[:1])[:100]}); going on without it")
         for part in [model, *model.blocks, *model.heads]:
@@ -372,7 +372,7 @@ def micro_step(net, model, cfg, tokens, ramp, share):
     hidden, kl_hidden = hidden if cut else (hidden, None)
     loss, ce, kl = distill.mtp_loss(hidden, model.weight, tokens[:, 1:], alpha=alpha, beta=beta, ramp=ramp, top_n=cfg.top_n,
                                     kl=cfg.kl, detach_teacher=cfg.detach_teacher, kl_hidden=kl_hidden,
-                                    # a CPU's cache is small; a plain GPT on a GPU makes all of its logits at once
+                                    # a CPU has small caches; a plain GPT on a GPU makes all of its logits at once
                                     chunk_logits=2**21 if not tokens.is_cuda else 2**28 if model.config.n_mtp else 2**30)
     (loss * share).backward()
     return torch.cat((loss.detach()[None], ce, kl)) * share
@@ -412,6 +412,7 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
         best = state["best_loss"]
     mode = ("model" if device.type == "cuda" else "off") if cfg.compile == "auto" else cfg.compile
     with autocast(device, dtype):
+        distill.compile_kernels(False)
         if mode != "off":
             compile_model(model, mode, windows(train, batch_starts(cfg, 0, len(train))[:micro], cfg.block_size, device))
     net = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=0.0 in sum(weights(cfg), []))

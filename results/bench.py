@@ -54,7 +54,8 @@ def milliseconds(functions, device, repeats=20):
 
 def read_prompts(cfg, tokenizer, meta, model):
     """prompts as lists of ids: from --prompts, or pieces of the validation text, spread evenly"""
-    room = max(1, model.config.block_size - cfg.tokens)
+    # as long as leaves room for --tokens, or half of a short context
+    room = max(model.config.block_size - cfg.tokens, model.config.block_size // 2)
     if cfg.prompts:
         lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
         if cfg.prompts.endswith(".jsonl"):
@@ -88,8 +89,8 @@ def check(model, tokenizer, meta, cfg):
     """greedy, with and without heads -> how many continuations agree; at the first difference, how near the tie was"""
     prompts, heads, same, rows = read_prompts(cfg, tokenizer, meta, model), None if cfg.heads < 0 else cfg.heads, 0, []
     for n, prompt in enumerate(prompts):
-        (a,), _ = decode.generate(model, [prompt], cfg.tokens, heads=0)
-        (b,), _ = decode.generate(model, [prompt], cfg.tokens, heads=heads)
+        (a,), _ = decode.generate(model, [prompt], cfg.tokens, heads=0, compile=cfg.compile)
+        (b,), _ = decode.generate(model, [prompt], cfg.tokens, heads=heads, compile=cfg.compile)
         if a == b:
             same += 1
             continue
@@ -154,14 +155,14 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
             runs[k].append(stats)
     good = [i for i in range(len(groups)) if not looping[i]] or range(len(groups))
     texts = [text for i in good for text in plain[i]]
-    ar, car = text_acceptance(model, texts, temperature, cfg.top_k or None) if counts else ([], [])
+    ar, car = text_acceptance(model, texts, temperature, cfg.top_k or None, cfg.accept) if counts else ([], [])
     weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
     rows, times = [], time_rounds(decoders, groups[0], cfg.tokens)
     for k in decoders:
         (step, _), (whole, draft) = times[0], times[k]                  # step: of plain decoding
         tpf = median([runs[k][i].tokens_per_forward for i in good])
         tps = median([runs[k][i].tokens_per_second for i in good])
-        speedup = median([runs[k][i].tokens_per_second / runs[0][i].tokens_per_second for i in good])
+        speedup = median([runs[k][i].tokens_per_second / (runs[0][i].tokens_per_second or 1) for i in good])
         expected = 1 + sum(car[:k])
         rows.append(dict(heads=k, temperature=temperature, tokens_per_forward=tpf, tokens_per_s=tps, speedup=speedup, ms_round=whole,
                          ms_draft=draft, ms_verify=whole - draft, ar=ar[k - 1] if k else None, car=car[k - 1] if k else None,
@@ -174,11 +175,11 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
     return rows
 
 
-def text_acceptance(model, texts, temperature=0.0, top_k=None):
+def text_acceptance(model, texts, temperature=0.0, top_k=None, accept="residual"):
     """
     (AR, CAR), K numbers each, of the continuations in texts, pairs of a prompt and what came after it: how often a round
-    at each position would accept drafts 1..k. Greedy: drafts are right or wrong. Sampled, rule `residual`: draft k is accepted with probability
-    sum_v min(p, q), and CAR_k is the mean product of the first k (of tokens drawn from p, where a round draws them from q)
+    at each position would accept drafts 1..k. Greedy: drafts are right or wrong. Sampled: draft k is accepted with probability sum_v min(p, q) by
+    the rule `residual`, p(argmax q) by the others, and CAR_k is the mean product of the first k (on text drawn from p)
     """
     K, rows = model.config.n_mtp, []
     for prompt, ids in texts:
@@ -188,15 +189,17 @@ def text_acceptance(model, texts, temperature=0.0, top_k=None):
         T = len(prompt) + len(ids) - 1 - K                              # rows that have all K drafts
         if temperature == 0:
             length = decode.accepted_lengths([x.argmax(-1) for x in logits])[0]                          # (T,)
-            kept = (length[:, None] > torch.arange(K, device=length.device)).double()                   # (T, K)
+            kept = length[:, None] > torch.arange(K, device=length.device)                              # (T, K)
         else:
             p, *q = [decode.probabilities(x[0], temperature, top_k) for x in logits]
-            kept = torch.stack([torch.minimum(p[k : k + T], law[:T]).sum(-1) for k, law in enumerate(q, 1)], 1).cumprod(1)
+            pairs = [(p[k : k + T], law[:T]) for k, law in enumerate(q, 1)]
+            kept = torch.stack([torch.minimum(a, b).sum(-1) if accept == "residual" else a.gather(-1, b.argmax(-1, keepdim=True))[:, 0]
+                                for a, b in pairs], 1).cumprod(1)
         rows.append(kept[len(prompt) - 1 :])
     if not rows:
         raise ValueError(f"no continuation is longer than {K} tokens, so the acceptance of {K} heads can't be measured: "
                          "give more --tokens or shorter prompts")
-    car = torch.cat(rows).double().mean(0).tolist()
+    car = torch.cat(rows).cpu().double().mean(0).tolist()
     return [b / a if a else 0.0 for a, b in zip([1.0, *car], car)], car
 
 

@@ -54,15 +54,26 @@ def effect_table(rows):
 
 
 def ablation_table(rows):
-    groups = group(rows, "ablation", "variant")
-    base = groups.get(("MTP",), [])
+    out, everything = "", group(rows, "ablation", "text", "variant")
+    for text in sorted({text for text, _ in everything}):
+        groups, lines = {variant: runs for (t, variant), runs in everything.items() if t == text}, []
+        for variant, runs in groups.items():
+            loss, ar = (paired(groups, variant, "MTP", measure) for measure in (lambda r: r["result"]["loss"][0], lambda r: r["result"]["ar"][0]))
+            lines.append([variant, len(runs), spread([r["result"]["loss"][0] for r in runs], digits=4), spread(loss, digits=4),
+                          spread([r["result"]["ar"][0] for r in runs], 100, 2), spread(ar, 100, 2)])
+        out += markdown(f"Ablation at K = 1, {text} (differences to MTP with the same seed)",
+                        ["variant", "seeds", "main head's val loss", "to MTP", "AR_1 %", "to MTP, points"], lines)
+    return out
+
+
+def nanogpt_table(rows):
+    """the lowest validation loss of each run of the part nanogpt that has its curve"""
+    runs = [row for row in rows if row.get("part") == "nanogpt" and "val" in row["result"]]
     lines = []
-    for (variant,), runs in groups.items():
-        loss = paired(groups, (variant,), ("MTP",), lambda r: r["result"]["loss"][0]) if base else []
-        ar = paired(groups, (variant,), ("MTP",), lambda r: r["result"]["ar"][0]) if base else []
-        lines.append([variant, len(runs), spread([r["result"]["loss"][0] for r in runs], digits=4), spread(loss, digits=4),
-                      spread([r["result"]["ar"][0] for r in runs], 100, 2), spread(ar, 100, 2)])
-    return markdown("Ablation at K = 1 (differences to MTP with the same seed)", ["variant", "seeds", "main head's val loss", "to MTP", "AR_1 %", "to MTP, points"], lines)
+    for row in runs:
+        val, step = min(zip(row["result"]["val"], row["result"]["step"]))
+        lines.append([row["name"], val, step, row["result"]["step"][-1], row["device"]])
+    return markdown("TinyShakespeare by bytes (nanoGPT's published loss: 1.4697)", ["run", "lowest val loss", "at step", "last step measured", "device"], lines)
 
 
 def extend_table(rows):
@@ -86,7 +97,9 @@ def speed_table(rows):
             out += markdown(f"Decoding: {row['name']}, {row['device']}", ["checkpoint", "temperature", "batch", "heads", "tokens per forward", "tokens/s", "x plain", "predicted", "x 1 head", "ms a round",
                                                                           "looping, left out"], lines)
         if row["name"].startswith("check"):
-            out += f"`{row['command']}`: {row['result']['same']} of {row['result']['prompts']} greedy continuations identical; the others part at near-ties.\n\n"
+            out += f"`{row['command']}`: {row['result']['same']} of {row['result']['prompts']} greedy continuations identical" + (
+                "; the others part where two tokens are nearly tied.\n\n" if row["result"]["differences"] and all(
+                    d["gap"] <= 4 * d["rounding"] for d in row["result"]["differences"]) else ".\n\n")
     return out
 
 
@@ -173,9 +186,11 @@ def car_figure(plt, rows):
 
 
 def tradeoff_figure(plt, rows):
-    groups = group(rows, "ablation", "variant")
-    if not groups:
+    everything = group(rows, "ablation", "text", "variant")
+    if not everything:
         return None
+    text = max(text for text, _ in everything)                  # prose, where there is some
+    groups = {(variant,): runs for (t, variant), runs in everything.items() if t == text}
     fig, (ax,) = canvas(plt)
     points = sorted((statistics.mean(100 * r["result"]["ar"][0] for r in runs), statistics.mean(r["result"]["loss"][0] for r in runs), variant)
                     for (variant,), runs in groups.items())
@@ -184,7 +199,7 @@ def tradeoff_figure(plt, rows):
         ax.plot(x, y, "o", ms=5, color=colour)
         ax.annotate(variant, (x, y), xytext=(1.03, (i + 0.5) / len(points)), textcoords="axes fraction", fontsize=7, va="center", color=colour,
                     arrowprops=dict(arrowstyle="-", color="#bbbbbb", lw=0.5, shrinkA=1, shrinkB=3, relpos=(0, 0.5)), annotation_clip=False)
-    ax.set(title="K = 1: what acceptance costs", xlabel="main head's validation loss, nats (left: better)", ylabel="AR_1, % (up: better)")
+    ax.set(title=f"{text}, K = 1: what acceptance costs", xlabel="main head's validation loss, nats (left: better)", ylabel="AR_1, % (up: better)")
     ax.margins(x=0.1, y=0.08)
     return fig
 
@@ -306,7 +321,7 @@ def read(path):
 
 def write(folder, rows):
     rows = [row for row in rows if "result" in row]
-    text = "".join(table(rows) for table in (effect_table, entropy_table, ablation_table, extend_table, speed_table, cost_table))
+    text = "".join(table(rows) for table in (effect_table, entropy_table, ablation_table, extend_table, nanogpt_table, speed_table, cost_table))
     if not text:
         return print(f"no rows in {folder} yet")
     where = sorted({f"{r['device']}, torch {r['torch']}, Python {r['python']}" for r in rows})

@@ -63,6 +63,15 @@ def test_border_is_the_nth_largest(n):
     torch.testing.assert_close(out[2].double(), (q * q.log()).sum().expand(2), rtol=1e-4, atol=1e-5)
 
 
+def test_a_student_far_from_the_teacher():
+    """N = 1: P~ and Q~ are both all on one word, however little the student gives it"""
+    logits = torch.zeros(2, 1, 40, dtype=torch.bfloat16, device=DEVICE)
+    logits[0, 0, 3], logits[1, 0, 7], logits[1, 0, 3] = 4.0, 40.0, -40.0
+    alpha, beta = torch.zeros(2, device=DEVICE), torch.ones(1, device=DEVICE)
+    _, kl, grad = kernels.loss_and_grad(logits, torch.tensor([0], device=DEVICE), alpha, beta, 1)
+    assert kl.abs().max() < 1e-4 and grad.abs().max() < 1e-2
+
+
 def test_a_head_without_beta_has_no_kl():
     logits, targets = distinct(3, 2, V=40, seed=1), torch.tensor([3, 5], device=DEVICE)
     alpha, beta = torch.tensor([1.0, 0.3, 0.3], device=DEVICE), torch.tensor([0.0, 0.5], device=DEVICE)

@@ -559,13 +559,6 @@ def test_training_goes_on_without_torch_compile(data, tmp_path, monkeypatch, cap
     assert same(model, fit(config(data, tmp_path / "off")))
 
 
-if __name__ == "__main__":                                               # the fixture two_processes
-    import torch.multiprocessing
-    torch.set_num_threads(1)
-    fork = "fork" if sys.platform == "linux" else "spawn"                # torch is imported: forked, it is so in both
-    torch.multiprocessing.start_processes(ddp_worker, nprocs=2, start_method=fork)
-
-
 def test_keep_best_keeps_the_lowest(data, tmp_path, monkeypatch):
     """best.pt is the checkpoint of the lowest validation loss, and stays when the loss rises again"""
     losses = iter([3.0, 1.0, 2.0])
@@ -574,3 +567,10 @@ def test_keep_best_keeps_the_lowest(data, tmp_path, monkeypatch):
     fit(config(data, tmp_path, steps=6, eval_every=2, keep_best=True))
     steps = {name: train.load_checkpoint(tmp_path / name)[1]["step"] for name in ("best.pt", "ckpt.pt")}
     assert steps == {"best.pt": 4, "ckpt.pt": 6}
+
+
+if __name__ == "__main__":                                               # the fixture two_processes
+    import torch.multiprocessing
+    torch.set_num_threads(1)
+    fork = "fork" if sys.platform == "linux" else "spawn"                # torch is imported: forked, it is so in both
+    torch.multiprocessing.start_processes(ddp_worker, nprocs=2, start_method=fork)
