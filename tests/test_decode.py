@@ -577,13 +577,12 @@ def test_cuda_graphs_equal_the_eager_cpu():
             assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_compiled_round_gives_the_same_text(monkeypatch, temperature):
+def test_compiled_round_gives_the_same_text(monkeypatch):
     """traced by torch.compile, run without its code generator: the same drafts, draws and text"""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="eager", **options))
     model = counting_model(K=2, noise=0.2)
-    texts = [generate(model, [[1, 2], [4]], 12, temperature=temperature, compile=how,
+    texts = [generate(model, [[1, 2], [4]], 12, temperature=1.0, compile=how,
                       generator=torch.Generator().manual_seed(5)) for how in ("off", "round")]
     (want, stats), (got, counted) = texts
     assert got == want and counted.accepted == stats.accepted and 0 < stats.accepted[0] < stats.forwards
