@@ -183,8 +183,8 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
-def compile_model(model, mode, tokens):
-    """compile in place, and try it once: where that fails, say so in one line and go on without"""
+def compile_model(model, mode, tokens, cfg):
+    """compile in place, and try the loss with its KL once: where that fails, say so in one line and go on without"""
     try:
         if mode == "model":
             model.compile(dynamic=False)
@@ -192,7 +192,7 @@ def compile_model(model, mode, tokens):
             for part in [*model.blocks, *model.heads]:
                 part.compile(dynamic=False)
         distill.compile_kernels()
-        distill.mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:])[0].backward()
+        micro_step(model, model, cfg, tokens, 1.0, 1.0)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, no Triton, an old GPU: the reasons are many and none of them is fatal
@@ -414,7 +414,7 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
     with autocast(device, dtype):
         distill.compile_kernels(False)
         if mode != "off":
-            compile_model(model, mode, windows(train, batch_starts(cfg, 0, len(train))[:micro], cfg.block_size, device))
+            compile_model(model, mode, windows(train, batch_starts(cfg, 0, len(train))[:micro], cfg.block_size, device), cfg)
     net = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=0.0 in sum(weights(cfg), []))
 
     log = Log(cfg, meta, model, start, append) if rank == 0 else None

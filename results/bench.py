@@ -243,7 +243,7 @@ def time_steps(model, cfg, device, dtype, steps=20):
     if device.type == "cuda" and cfg.compile != "off":
         torch._dynamo.reset()
         with train.autocast(device, dtype):
-            train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens[0])
+            train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens[0], cfg)
     for step in range(steps + 5):
         if step == 5 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
