@@ -426,7 +426,8 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
         torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2**62)))
         tokens = windows(train, batch_starts(cfg, step, len(train))[rank::world], cfg.block_size, device)
         row = whole_step(net, model, optimizer, cfg, step, tokens.split(micro), dtype)
-        pending += [row] * (rank == 0)
+        if rank == 0:
+            pending.append(row)
         done = step + 1
         if rank or not (done % cfg.log_every == 0 or done % cfg.eval_every == 0 or done == cfg.steps):
             continue
