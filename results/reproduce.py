@@ -15,8 +15,8 @@ Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with -
         nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
 
 Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run that has a row is not
-run again, so an interrupted call goes on where it stopped. Checkpoints go to --work (out/reproduce), and are needed by
-entropy, extend and speed. --prose takes a text file (its vocabulary is trained here) or a prepared folder.
+run again, so an interrupted call goes on where it stopped. Checkpoints go to --work (out/reproduce); entropy, extend and speed
+read them, and make those again that are gone. --prose takes a text file (its vocabulary is trained here) or a prepared folder.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Runner:
         self.folder, self.work, self.parallel, self.lock = ROOT / "results" / scale, Path(work), parallel, threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "runs.jsonl"
-        self.rows, self.failed = tables.read(self.path), 0
+        self.rows, self.failed, self.makers = tables.read(self.path), 0, {}       # makers: the job that writes a folder
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with open(self.path, "a", encoding="utf-8") as file:     # after a half line, the next row begins its own
                 file.write("\n")
@@ -95,8 +95,22 @@ class Runner:
         print(f"{name}: {time.time() - begin:.0f} s" + (f", main loss {brief['loss'][0]:.4f}, CAR {[round(x, 3) for x in brief['car']]}" if "car" in brief else ""), flush=True)
 
     def all(self, jobs):
+        """jobs (name, part, command, labels), side by side"""
+        jobs = [job for job in jobs if not self.has(job[0])]
+        self.restore(jobs)
         with ThreadPoolExecutor(self.parallel) as pool:
             list(pool.map(lambda job: self.run(*job[:3], **job[3]), jobs))
+
+    def restore(self, jobs):
+        """make the checkpoints again that these jobs read, that have a row and whose files are gone: runs.jsonl travels,
+        checkpoints do not. No new row"""
+        needed = {Path(c).parent for job in jobs for c in job[2] if c.endswith("ckpt.pt") and not (ROOT / c).exists()}
+        gone = [self.makers[folder] for folder in sorted(needed) if folder in self.makers and self.has(self.makers[folder][0])]
+        if gone:
+            self.restore(gone)
+            print(f"making {len(gone)} checkpoints again: {', '.join(job[0] for job in gone)}", flush=True)
+            with ThreadPoolExecutor(self.parallel) as pool:
+                list(pool.map(lambda job: subprocess.run([sys.executable, *job[2]], capture_output=True, cwd=ROOT), gone))
 
 
 def shorten(value):
@@ -114,7 +128,7 @@ def train_job(args, scale, work, name, part, data, seed, more, **labels):
     return name, part, command, dict(seed=seed, data=Path(data).name, **labels)
 
 
-def effect(args, runner, sources):
+def effect_jobs(args, runner, sources):
     jobs = []
     for text, (data, extra) in sources.items():
         for K, beta in ((4, 0.5), (1, 1.0)):
@@ -122,7 +136,11 @@ def effect(args, runner, sources):
                 for seed in SEEDS[args.scale]:
                     more = f"{extra} --n_mtp {K} --beta {beta if method == 'MTP-D' else 0}"
                     jobs.append(train_job(args, args.scale, runner.work, f"{text} K{K} {method} seed{seed}", "effect", data, seed, more, text=text, K=K, method=method))
-    runner.all(jobs)
+    return jobs
+
+
+def effect(args, runner, sources):
+    runner.all(effect_jobs(args, runner, sources))
 
 
 def entropy(args, runner, sources):
@@ -147,31 +165,38 @@ def ablation(args, runner, sources):
     runner.all(jobs)
 
 
+def extend_jobs(args, runner, sources, n, source):
+    jobs = []
+    for text in sources:
+        for method in ("MTP", "MTP-D"):
+            for seed in SEEDS[args.scale]:
+                base = str(runner.work / f"{text} K4 {method} seed{seed}".replace(" ", "_"))
+                jobs.append((f"{text} {n} heads {method} seed{seed}", "extend", ["extend.py", f"{base}{source}/ckpt.pt", "--heads", str(n), "--json", "--out", f"{base}-{n}",
+                                                                                 *EXTEND_STEPS[args.scale].split()], dict(seed=seed, text=text, method=method, n=n)))
+    return jobs
+
+
+LOOPS = ((8, ""), (16, "-8"))                  # heads, and what the folder of the model that is extended is called after
+
+
 def extend(args, runner, sources):
-    for n, source in ((8, "{}"), (16, "{}-8")):
-        jobs = []
-        for text in sources:
-            for method in ("MTP", "MTP-D"):
-                for seed in SEEDS[args.scale]:
-                    base = str(runner.work / source.format(f"{text} K4 {method} seed{seed}".replace(" ", "_"))) + "/ckpt.pt"
-                    jobs.append((f"{text} {n} heads {method} seed{seed}", "extend", ["extend.py", base, "--heads", str(n), "--json", "--out",
-                                 str(runner.work / f"{text} K4 {method} seed{seed}".replace(" ", "_")) + f"-{n}", *EXTEND_STEPS[args.scale].split()],
-                                 dict(seed=seed, text=text, method=method, n=n)))
-        runner.all(jobs)
+    for n, source in LOOPS:
+        runner.all(extend_jobs(args, runner, sources, n, source))
 
 
 def speed(args, runner, sources):
     fast = ["--compile", "blocks"] if args.scale == "gpu" else []
     for text in sources:
-        def ckpt(name):
-            return str(runner.work / f"{text} {name} seed1".replace(" ", "_")) + "/ckpt.pt"
-        many = [ckpt("K1 MTP"), ckpt("K4 MTP"), ckpt("K4 MTP-D"), ckpt("K4 MTP-D").replace("seed1", "seed1-8"), ckpt("K4 MTP-D").replace("seed1", "seed1-16")]
-        tokens = ["--tokens", "128" if args.scale == "gpu" else "64", "--prompt_tokens", "64" if args.scale == "gpu" else "32"]
-        runner.run(f"speed {text}", "speed", ["decode.py", *many, "--bench", "--count", "8", *tokens, "--json", *fast], text=text)
-        for batch in (8, 32) if args.scale == "gpu" else ():
-            runner.run(f"speed {text} batch {batch}", "speed", ["decode.py", ckpt("K4 MTP-D"), "--bench", "--heads", "4", "--batch", str(batch), "--count", str(2 * batch),
-                                                              *tokens, "--json", *fast], text=text, batch=batch)
-        runner.run(f"check {text}", "speed", ["decode.py", ckpt("K4 MTP-D"), "--check", "--count", "16", *tokens, "--json"], text=text)
+        def ckpt(name, heads=""):
+            return str(runner.work / f"{text} {name} seed1".replace(" ", "_")) + heads + "/ckpt.pt"
+        many, ours = [ckpt("K1 MTP"), ckpt("K4 MTP"), ckpt("K4 MTP-D"), ckpt("K4 MTP-D", "-8"), ckpt("K4 MTP-D", "-16")], ckpt("K4 MTP-D")
+        tokens = ["--tokens", "128" if args.scale == "gpu" else "64", "--prompt_tokens", "64" if args.scale == "gpu" else "32", "--json"]
+        jobs = [(f"speed {text}", "speed", ["decode.py", *many, "--bench", "--count", "8", *tokens, *fast], dict(text=text)),
+                *[(f"speed {text} batch {batch}", "speed", ["decode.py", ours, "--bench", "--heads", "4", "--batch", str(batch), "--count", str(2 * batch), *tokens, *fast],
+                   dict(text=text, batch=batch)) for batch in ((8, 32) if args.scale == "gpu" else ())],
+                (f"check {text}", "speed", ["decode.py", ours, "--check", "--count", "16", *tokens], dict(text=text))]
+        for job in jobs:                       # one at a time: they are timed
+            runner.all([job])
 
 
 def cost(args, runner, sources):
@@ -213,6 +238,8 @@ def main():
     if args.prose and args.scale == "gpu":
         sources["prose"] = (args.prose, "--tokenizer bpe:4096")
     runner = Runner(args.scale, args.work, args.parallel or (6 if args.scale == "gpu" else 1))
+    makers = effect_jobs(args, runner, sources) + [job for loop in LOOPS for job in extend_jobs(args, runner, sources, *loop)]
+    runner.makers = {Path(job[2][job[2].index("--out") + 1]): job for job in makers}
     for name, part in PARTS.items():
         if args.part == "all" or name in args.part.split(","):
             print(f"== {name}", flush=True)

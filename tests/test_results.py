@@ -226,3 +226,21 @@ def test_entropy_runs_once_for_each_checkpoint_and_goes_on_where_it_stopped(tmp_
         reproduce.entropy(SimpleNamespace(scale="gpu"), reproduce.Runner("gpu", "work", 1), {"python": ("python", "")})
         assert len(calls) == expected and str(Path("work/python_K4_MTP-D_seed2/ckpt.pt")) in calls
     assert len(tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")) == 5
+
+
+def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
+    """only where a run needs it, only if it has been made before, with what it needs itself first; and without a row"""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    write = "import sys; from pathlib import Path; o = Path(sys.argv[-1]); o.mkdir(); (o / 'ckpt.pt').write_text('x'); print(1)"
+    read = "import sys; print(len(open(sys.argv[1]).read()))"
+    first = ("first", "effect", ["-c", write, "one", "--out", str(tmp_path / "a")], {})
+    second = ("second", "extend", ["-c", write, str(tmp_path / "a/ckpt.pt"), "--out", str(tmp_path / "b")], {})
+    runner = reproduce.Runner("tiny", tmp_path, 2)
+    runner.makers = {tmp_path / "a": first, tmp_path / "b": second}
+    runner.rows = [{"name": "first"}, {"name": "second"}]
+    runner.all([("third", "speed", ["-c", read, str(tmp_path / "b/ckpt.pt")], {})])
+    assert (tmp_path / "a/ckpt.pt").exists() and (tmp_path / "b/ckpt.pt").exists() and runner.failed == 0
+    assert [row["name"] for row in runner.rows] == ["first", "second", "third"]
+    (tmp_path / "a/ckpt.pt").unlink()
+    runner.all([("third", "speed", [], {}), second])                     # all have rows: nothing runs
+    assert not (tmp_path / "a/ckpt.pt").exists()
