@@ -366,3 +366,10 @@ def test_bad_requests(base, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "ok/ckpt.pt"), "--steps", "9"])
     with pytest.raises(ValueError, match="extend.py --resume"):
         train.main()
+
+
+def test_an_extension_keeps_no_best(base):
+    """the main head is frozen, and its loss, the same at every evaluation, would call the first one the best"""
+    model, meta = train.load_checkpoint(base)
+    meta["train_config"]["keep_best"] = True
+    assert not extend.extension_config(meta, loop_heads(model, 3), {}, 2).keep_best
