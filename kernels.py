@@ -10,7 +10,8 @@ scatters cost more the larger N is. Here nothing depends on N, for "among the N 
     loss_grad     a program per row of logits: one pass for the sums (softmax on the fly), one for the gradient
 
 On one H100 such a chunk, its three matrix products included, takes 3.3 ms without the KL and 4.8 ms with N = 4,096, against
-3.6 and 6.5 ms with torch's operations; at N = 512 the two are alike (results/search/loss.jsonl).
+3.6 and 6.5 ms with torch's operations; at N = 512 the two are alike (results/search/loss.jsonl; measured with an earlier form
+of both kernels, which compared floats for the border and clamped the student's sum sooner).
 
 Where several logits equal the N-th largest, all of them count; distill.py takes any N. A student that gives the teacher's N
 less than e^-85 of its probability counts as giving them that much. Only the paper's loss is here: forward KL, detached teacher.

@@ -593,7 +593,7 @@ def run(main):
     except RuntimeError as error:                              # torch.OutOfMemoryError is one; a CPU says it in words
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        sys.exit(f"out of memory ({str(error).splitlines()[0][:120]}): lower --micro_batch (the result stays the same), "
+        sys.exit(f"out of memory ({str(error).splitlines()[0][:120]}): lower --micro_batch (the result stays the same, but for dropout), "
                  "--block_size or the model's size")
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -586,3 +586,12 @@ def test_compiled_round_gives_the_same_text(monkeypatch):
                       generator=torch.Generator().manual_seed(5)) for how in ("off", "round")]
     (want, stats), (got, counted) = texts
     assert got == want and counted.accepted == stats.accepted and 0 < stats.accepted[0] < stats.forwards
+
+
+def test_the_best_token_in_pieces_is_the_argmax():
+    """the path that a GPU takes; of equals, any will do"""
+    x = torch.randn(3, 5, 384, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(decode.best(x, in_pieces=True), x.argmax(-1))
+    x = x.round()
+    assert torch.equal(x.gather(-1, decode.best(x, in_pieces=True).unsqueeze(-1)).squeeze(-1), x.amax(-1))
+    assert torch.equal(decode.best(x[..., :130], in_pieces=True), x[..., :130].argmax(-1))       # 130 can't be cut
