@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 import torch.nn.functional as F
 
+import kernels
 from model import Cache
 
 # -----------------------------------------------------------------------------
@@ -107,6 +108,7 @@ def match(p, q, d, generator=None):
     return a, pick(y, a)
 
 
+COMPILE = ("off", "kernels")
 RULES = {"residual": residual, "point": point, "match": match}
 
 
@@ -178,13 +180,13 @@ class Decoder:
     """
 
     def __init__(self, model, batch, length, heads, temperature=0.0, top_k=None, accept="residual", stop_token=None,
-                 generator=None, compile="off"):
-        self.model, self.heads, self.generator = model, heads, generator
+                 generator=None, compile="off", draft_vocab=None):
+        self.model, self.heads, self.generator, self.draft_vocab = model, heads, generator, draft_vocab
         self.temperature, self.top_k, self.stop_token = temperature, top_k, stop_token
         # greedy, p and q are one-hot and the three rules are one; without heads there is nothing to refuse
         self.accept = RULES["match" if temperature == 0 or heads == 0 else accept]
         weight = model.weight
-        slots = length + heads + 1                           # a round may write K tokens past the last one wanted
+        slots = length + model.config.n_mtp + 1              # a round may write K tokens past the last one wanted
         self.cache = Cache(model.config, batch, slots, weight.device, weight.dtype, heads)
         zeros = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.buffer = torch.zeros(batch, slots, dtype=torch.long, device=weight.device)
@@ -193,23 +195,10 @@ class Decoder:
         self.row = torch.arange(batch, device=weight.device)[:, None]
         self.back = torch.arange(-heads - 1, 0, device=weight.device)       # offsets of the rows that draft() rebuilds
         self.ahead = torch.arange(heads + 1, device=weight.device)          # .. and of those that verify() reads
-        if compile != "off":
-            self.compile(compile)
+        if compile == "kernels":                             # the model keeps them; the small operations around them are fused
+            kernels.install(model)
+            self.guess, self.settle = (torch.compile(f, dynamic=False) for f in (self.guess, self.settle))
         self.step = self.capture(self.round) if weight.is_cuda else self.round
-
-    def compile(self, what):
-        """fuse the small kernels, whose launches are most of a GPU's time at batch 1. "blocks": one block, whose code serves
-        all that are alike; "round": all of draft() and verify(), a minute to compile and a sixth to a third less time still.
-        Inductor's settings are the process's own, and compiled blocks stay compiled"""
-        import torch._inductor.config
-        torch._inductor.config.coordinate_descent_tuning = self.heads == 0  # it tunes products of a matrix and one vector
-        torch._dynamo.config.recompile_limit = 64                           # a block is compiled for each number of rows
-        if what == "round":
-            self.draft, self.verify = (torch.compile(f, dynamic=False) for f in (self.draft, self.verify))
-            return
-        for part in [*self.model.blocks, *self.model.heads]:
-            if part._compiled_call_impl is None:
-                part.compile(dynamic=False)
 
     @torch.no_grad()
     def capture(self, function):
@@ -260,25 +249,33 @@ class Decoder:
         if not self.heads:
             return None
         pos = (self.n[:, None] + self.back).clamp_min(0)
-        where, laws = self.model.where(self.cache, pos), []
+        where, at, laws = self.model.where(self.cache, pos), pos + 1, []
+        tokens = self.buffer[self.row, at]                   # head k reads t_{pos+k}
         for k in range(1, self.heads + 1):
-            hidden = self.model.head_step(k, self.buffer[self.row, pos + k], self.cache, where)
-            logits = self.model.logits(k, hidden[:, -1])
-            if self.accept is residual:
-                laws.append(probabilities(logits, self.temperature, self.top_k))
-                d = draw(laws[-1], self.generator)
-            else:                                            # these rules want one fixed token, and no q
-                d = best(logits)
-            self.buffer[self.row[:, 0], self.n + k] = d
-        return torch.stack(laws, 1) if laws else None
+            hidden = self.model.head_step(k, tokens, self.cache, where)
+            q, at, tokens = self.guess(self.model.logits(k, hidden[:, -1], self.draft_vocab), at)
+            laws.append(q)
+        return torch.stack(laws, 1) if self.accept is residual else None
+
+    def guess(self, logits, at):
+        """logits of head k (B, V) -> d_k into the buffer; q, if the rule asks for it (the others want one fixed token); and
+        what head k+1 reads"""
+        q, at = None, at + 1
+        if self.accept is residual:
+            q = F.pad(probabilities(logits, self.temperature, self.top_k), (0, self.model.config.vocab_size - logits.size(-1)))
+        self.buffer[self.row[:, 0], at[:, -1]] = best(logits) if q is None else draw(q, self.generator)
+        return q, at, self.buffer[self.row, at]
 
     def verify(self, q=None):
-        """one forward of the main model over [t_n, d_1 .. d_K]; accept, emit, count"""
-        K = self.heads
+        """one forward of the main model over [t_n, d_1 .. d_K]"""
         pos = self.n[:, None] + self.ahead                   # n .. n+K
         tokens = self.buffer[self.row, pos]
-        logits = self.model.logits(0, self.model.trunk_step(tokens, self.cache, pos))          # (B, K+1, V)
-        self.drafts = d = tokens[:, 1:]                      # kept for --trace
+        self.drafts = tokens[:, 1:]                          # kept for --trace
+        self.settle(self.model.logits(0, self.model.trunk_step(tokens, self.cache, pos)), pos, tokens, q)
+
+    def settle(self, logits, pos, tokens, q):
+        """the main head's logits (B, K+1, V): accept, emit, count"""
+        K, d = self.heads, tokens[:, 1:]
         if self.temperature == 0:
             y = best(logits)                                 # `match` with one-hot p
             a = leading(y[:, :-1] == d)
@@ -311,7 +308,7 @@ class Decoder:
         return -(-left // (self.heads + 1)) if self.stop_token is None else min(left, 1)
 
 
-def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept):
+def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept, draft_vocab=None):
     V, K = model.config.vocab_size, model.config.n_mtp
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("a prompt is empty; give at least one token for each")
@@ -329,13 +326,15 @@ def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, acc
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     if top_k is not None and not 1 <= top_k <= V:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {V} (the vocabulary)")
+    if draft_vocab is not None and not 1 <= draft_vocab <= V:
+        raise ValueError(f"draft_vocab is {draft_vocab}; it must be from 1 to {V} (the vocabulary)")
     if accept not in RULES:
         raise ValueError(f"unknown accept rule {accept!r}; choose one of {', '.join(RULES)}")
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top_k=None, accept="residual", stop_token=None,
-             generator=None, compile="off", watch=None):
+             generator=None, compile="off", draft_vocab=None, watch=None):
     """
     continue each prompt by up to max_new_tokens tokens, or to the end of the context (block_size), or to stop_token
     (which is emitted too)
@@ -343,15 +342,16 @@ def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top
     prompts  list of lists of token ids, of any lengths; each is continued as if it were alone
     heads    MTP heads that draft: None all, 0 plain decoding;  temperature 0: greedy;  top_k: draw among the k likeliest
     accept   "residual" | "match" | "point": all exact (see above);  generator: same seed, same text
-    compile  "off" | "blocks" | "round": fuse kernels first (CUDA; see Decoder.compile);  watch: called with the Decoder after each round
+    compile  "off" | "kernels": run on kernels.py (CUDA; seconds to start);  watch: called with the Decoder after each round
+    draft_vocab  guess only among the first so many ids; None: all. The text's law stays what it is
     -> (list of lists of new ids, Stats). Raises ValueError on a bad request.
     """
     heads = model.config.n_mtp if heads is None else heads
-    check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept)
+    check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept, draft_vocab)
     length = min(model.config.block_size, max(map(len, prompts)) + max_new_tokens)
     training, _ = model.training, model.eval()
     try:
-        decoder = Decoder(model, len(prompts), length, heads, temperature, top_k, accept, stop_token, generator, compile)
+        decoder = Decoder(model, len(prompts), length, heads, temperature, top_k, accept, stop_token, generator, compile, draft_vocab)
         return run_decoder(decoder, prompts, max_new_tokens, watch)
     finally:
         model.train(training)
@@ -401,7 +401,8 @@ class DecodeConfig:
     seed: int = knob(1, "seed of the draws")
     device: str = knob("auto", "cpu | cuda | mps")
     dtype: str = knob("auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it")
-    compile: str = knob("off", "off | blocks (starts faster) | round (runs faster): fuse kernels first, on CUDA")
+    compile: str = knob("off", "off | kernels: decode on the kernels of kernels.py, much faster on CUDA")
+    draft_vocab: int = knob(0, "heads guess only among the first so many ids, of a BPE the most frequent; 0: all")
 
 
 def load(path, cfg):
@@ -473,7 +474,8 @@ def speak(model, tokenizer, cfg, traced):
     watch = trace(tokenizer, prompt, model.config.n_mtp) if traced else stream(tokenizer, prompt)
     generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
     (ids,), stats = generate(model, [prompt], cfg.tokens, heads=None if cfg.heads < 0 else cfg.heads, temperature=cfg.temperature,
-                             top_k=cfg.top_k or None, accept=cfg.accept, generator=generator, compile=cfg.compile, watch=watch)
+                             top_k=cfg.top_k or None, accept=cfg.accept, generator=generator, compile=cfg.compile,
+                             draft_vocab=cfg.draft_vocab or None, watch=watch)
     if traced:
         print("\n" + tokenizer.decode(prompt + ids))
     print(f"\n--- {stats.tokens} tokens in {stats.forwards} forwards of the main model ({stats.tokens_per_forward:.2f} each), "
@@ -501,10 +503,11 @@ def main():
     for p, m, _, _ in models:
         if m.config.n_mtp == 0:
             print(f"{p} has no MTP heads: decoding plainly, one token a forward")
-        check_request(m, [[0]], cfg.tokens, max(0, cfg.heads), cfg.temperature, cfg.top_k or None, cfg.accept)
-    if cfg.compile not in ("off", "blocks", "round"):
-        raise ValueError(f"--compile is {cfg.compile!r}; choose one of off, blocks, round")
-    for name, least in dict(top_k=0, count=1, batch=1, prompt_tokens=1).items():
+        request = (max(0, cfg.heads), cfg.temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None)
+        check_request(m, [[0]], cfg.tokens, *request)
+    if cfg.compile not in COMPILE:
+        raise ValueError(f"--compile is {cfg.compile!r}; choose one of {', '.join(COMPILE)}")
+    for name, least in dict(top_k=0, draft_vocab=0, count=1, batch=1, prompt_tokens=1).items():
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; it must be at least {least}")
     if rest["check"] or rest["bench"]:

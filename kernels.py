@@ -1,26 +1,36 @@
 """
-kernels.py: the loss of distill.py for a CUDA GPU, in two Triton kernels. Optional: where Triton is missing, nothing
-changes but the speed. Read distill.py first; this file computes the same numbers, and tests/test_kernels.py compares.
+kernels.py: the loss of distill.py and the decoding steps of decode.py for a CUDA GPU, in five Triton kernels. Optional: without
+them, only the speed changes. Read those two files first; here is the same once more, and tests/test_kernels.py compares.
 
-Logits are large (5 rows x 2,000 targets x 50,304 words are 1 GB in bf16) and the arithmetic on them is little, so that the
-cost is the number of times they travel to and from memory. Written with torch's operations, the TopN and its gathers and
-scatters cost more the larger N is. Here nothing depends on N, for "among the N largest" is a comparison with the N-th largest:
+The loss (train.py uses it on CUDA, unless --compile off). Logits are large, 5 rows x 2,000 targets x 50,304 words are 1 GB in
+bf16, and the arithmetic on them is little: the cost is the number of times they travel to and from memory. With torch's
+operations, the TopN and its gathers and scatters cost more the larger N is. Here "among the N largest" is a comparison with
+the N-th largest, whatever N is:
 
-    teacher_sums  a program per target: 16 rounds of bisection, a bit of bf16 each, find the teacher's N-th largest logit
-    loss_grad     a program per row of logits: one pass for the sums (softmax on the fly), one for the gradient
-
-On one H100 such a chunk, its three matrix products included, takes 3.3 ms without the KL and 4.8 ms with N = 4,096, against
-3.6 and 6.5 ms with torch's operations; at N = 512 the two are alike (results/search/loss.jsonl; measured with an earlier form
-of both kernels, which compared floats for the border and clamped the student's sum sooner).
+    teacher_sums  a program per target: finds the teacher's N-th largest logit, by false position, and sums from there up
+    mtpd_grad     a program per target: one pass over its K+1 rows for the sums (softmax on the fly), one for the gradient
+    ce_grad       the same for one row, when there is no KL
 
 Where several logits equal the N-th largest, all of them count; distill.py takes any N. A student that gives the teacher's N
 less than e^-85 of its probability counts as giving them that much. Only the paper's loss is here: forward KL, detached teacher.
-Symbols: R = K+1 rows, C targets of a chunk, V vocabulary.
+
+Decoding (decode.py --compile kernels). A few rows times a matrix costs the reading of the matrix, and a launch. So a block
+is five launches, with the norms, the angles, the cache and the sums that belong to it inside:
+
+    few_rows      rows times a matrix, RMSNorm before it, relu^2 or the residual after it
+    attend        the new tokens' keys and values into the cache, then attention over it
+
+A row's result does not depend on the rows beside it, not even in the last bit: the check of K drafts rounds as K plain steps
+would, and so in bf16, too, the text is that of plain decoding.
+
+Symbols: R = K+1 rows of logits, C targets of a chunk, V vocabulary; B sequences, T new tokens of each, S cache slots.
 """
 
+import functools
 import os
 
 import torch
+import torch.nn.functional as F
 
 try:
     import triton
@@ -29,13 +39,20 @@ except ImportError:                                            # Windows, macOS,
     triton = None
 
 
-BLOCK = 2048                                                   # logits that loss_grad takes at a time
+# -----------------------------------------------------------------------------
+# the loss
+
+BLOCK = 4096                                                   # logits of a row that a program takes at a time, about
 
 
 def usable(logits):
     """whether loss_and_grad takes these logits"""
-    there = triton is not None and (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")        # or interpreted, for tests
-    return there and logits.dtype == torch.bfloat16 and logits.size(-1) <= 2**17
+    return triton is not None and (logits.is_cuda or interpreted()) and logits.dtype == torch.bfloat16
+
+
+def interpreted():
+    """whether Triton's interpreter runs the kernels, on a CPU: for tests"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def loss_and_grad(logits, targets, alpha, beta, top_n):
@@ -45,36 +62,23 @@ def loss_and_grad(logits, targets, alpha, beta, top_n):
     """
     R, C, V = logits.shape
     d_logits = torch.empty_like(logits)
-    teacher = logits.new_zeros(3, C, dtype=torch.float32)
-    ce, kl = (logits.new_zeros(R, C, dtype=torch.float32) for _ in range(2))
-    if top_n:
-        teacher_sums[(C,)](logits, teacher, top_n, C, V, triton.next_power_of_2(V), num_warps=16 if V > 8192 else 4)
-    loss_grad[(C * R,)](logits, d_logits, targets, teacher, alpha, torch.cat((torch.zeros_like(alpha[:1]), beta)), ce, kl,
-                        R, C, V, WITH_KL=bool(top_n), BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=4)
-    return ce.sum(1), kl[1:].sum(1), d_logits
+    ce, kl, teacher = (logits.new_zeros(n, C, dtype=torch.float32) for n in (R, R - 1, 3))
+    if top_n and R > 1:
+        rows = triton.next_power_of_2(R - 1)
+        teacher_sums[(C,)](logits, teacher, min(top_n, V), C, V, BLOCK, num_warps=16)
+        mtpd_grad[(C,)](logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, rows, max(2 * BLOCK // rows, 16), num_warps=8)
+    else:
+        ce_grad[(C * R,)](logits, d_logits, targets, alpha, ce, R, C, V, BLOCK // 2, num_warps=4)
+    return ce.sum(1), kl.sum(1), d_logits
 
 
 if triton is not None:
 
     @triton.jit
-    def teacher_sums(logits, out, n, C, V, BLOCK: tl.constexpr):
-        """of the teacher's row c: out[0, c] its n-th largest logit, the border of Q~; out[1, c] = log sum exp over the
-        logits from the border up; out[2, c] = sum Q~ log Q~"""
-        c, v = tl.program_id(0), tl.arange(0, BLOCK)
-        bits = tl.load(logits + c.to(tl.int64) * V + v, mask=v < V, other=-3e38).to(tl.int16, bitcast=True).to(tl.int32)
-        order = tl.where(bits < 0, bits ^ 0x7FFF, bits)        # integers in the order of the numbers they stand for
-        low = -32768                                           # the largest that n logits or more reach, bit by bit
-        for i in range(16):
-            high = low + (1 << (15 - i))
-            low = tl.where(tl.sum((order >= high).to(tl.int32), 0) >= n, high, low)
-        z, border = number(order), number(low)
-        keep, top = z >= border, tl.max(z, 0)
-        e = tl.where(keep, tl.exp(z - top), 0.0)
-        total = tl.sum(e, 0)
-        lse = top + tl.log(total)
-        tl.store(out + c, border)
-        tl.store(out + C + c, lse)
-        tl.store(out + 2 * C + c, tl.sum(e * (z - lse), 0) / total)
+    def order_of(z):
+        """numbers, rounded to bf16 -> integers in the same order"""
+        bits = z.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+        return tl.where(bits < 0, bits ^ 0x7FFF, bits)
 
     @triton.jit
     def number(order):
@@ -82,43 +86,299 @@ if triton is not None:
         return (tl.where(order < 0, order ^ 0x7FFF, order) << 16).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def loss_grad(logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, WITH_KL: tl.constexpr, BLOCK: tl.constexpr):
-        """one row of logits, of row r for target c: CE and KL, and their gradient; the R rows of a target run side by side,
-        so that the teacher's logits come from the cache"""
+    def teacher_sums(logits, out, n, C, V, BLOCK: tl.constexpr):
+        """of the teacher's row c: out[0, c] the border of Q~, its n-th largest logit or a number under which that is the next;
+        out[1, c] = log sum exp over the logits from the border up; out[2, c] = sum Q~ log Q~"""
+        c = tl.program_id(0)
+        row = logits + c.to(tl.int64) * V
+        top, bottom = tl.full((BLOCK,), -3e38, tl.float32), tl.full((BLOCK,), 3e38, tl.float32)
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            top = tl.maximum(top, tl.load(row + v, mask=v < V, other=-3e38).to(tl.float32))
+            bottom = tl.minimum(bottom, tl.load(row + v, mask=v < V, other=3e38).to(tl.float32))
+        top, bottom = tl.max(top, 0), tl.min(bottom, 0)
+
+        # false position on f(z) = log #(logits >= z) - log n, which is nearly straight where the border lies; an end that
+        # stays twice has its f halved (the Illinois rule). 6 to 12 rounds, where halving the interval takes 16
+        low, high = order_of(bottom), order_of(top) + 1        # f(low) >= 0 > f(high), in the integers' order
+        f_low, f_high, side = tl.log(V / n), -tl.log(n * 2.0), 0
+        while high - low > 1:
+            z_low, z_high = number(low), number(high)
+            guess = order_of(z_low + (z_high - z_low) * f_low / (f_low - f_high))
+            guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
+            border, count = number(guess), tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, V, BLOCK):
+                v = start + tl.arange(0, BLOCK)
+                count += (tl.load(row + v, mask=v < V, other=-3e38).to(tl.float32) >= border).to(tl.int32)
+            reached = tl.sum(count, 0)
+            f = tl.log(tl.maximum(reached.to(tl.float32), 0.5) / n)
+            if reached >= n:
+                low, f_low, f_high, side = guess, f, tl.where(side == 1, f_high / 2, f_high), 1
+                high = tl.where(reached == n, guess + 1, high)                # found
+            else:
+                high, f_high, f_low, side = guess, f, tl.where(side == -1, f_low / 2, f_low), -1
+
+        border, total, mean = number(low), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            z = tl.load(row + v, mask=v < V, other=-3e38).to(tl.float32)
+            e = tl.where(z >= border, tl.exp(z - top), 0.0)
+            total, mean = total + e, mean + e * (z - top)
+        s = tl.sum(total, 0)
+        tl.store(out + c, border)
+        tl.store(out + C + c, top + tl.log(s))
+        tl.store(out + 2 * C + c, tl.sum(mean, 0) / s - tl.log(s))
+
+    @triton.jit
+    def ce_grad(logits, d_logits, targets, alpha, ce, R, C, V, BLOCK: tl.constexpr):
+        """one row of logits, of row r for target c: CE and its gradient, alpha (P - onehot)"""
         r, c = tl.program_id(0) % R, tl.program_id(0) // R
         row = (r.to(tl.int64) * C + c) * V
-        a, b, target = tl.load(alpha + r), tl.load(beta + r), tl.load(targets + c)
-        border, lse_q, h_q = tl.load(teacher + c), tl.load(teacher + C + c), tl.load(teacher + 2 * C + c)
-
-        # first pass. m: largest logit so far; s: sum exp(z - m) over all, for P; s_n: over the teacher's N, for P~
-        m, s, s_n = -float("inf"), 0.0, 0.0
+        a, target = tl.load(alpha + r), tl.load(targets + c)
+        m, s = -float("inf"), 0.0                              # the largest logit so far, and sum exp(z - m)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z = tl.load(logits + row + v, mask=v < V, other=-3e38).to(tl.float32)
             m_new = tl.maximum(m, tl.max(z, 0))
-            e, old = tl.exp(z - m_new), tl.exp(m - m_new)
-            s = s * old + tl.sum(e, 0)
-            if WITH_KL:
-                if b > 0:
-                    q = tl.load(logits + c.to(tl.int64) * V + v, mask=v < V, other=-3e38).to(tl.float32)
-                    s_n = s_n * old + tl.sum(tl.where(q >= border, e, 0.0), 0)
-            m = m_new
-        lse, lse_n = m + tl.log(s), m + tl.log(tl.maximum(s_n, 1e-37))
+            s, m = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), 0), m_new
+        lse = m + tl.log(s)
         tl.store(ce + r * C + c, lse - tl.load(logits + row + target).to(tl.float32))
-
-        # second pass: the gradient, and x = sum Q~ z
-        x = 0.0
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z = tl.load(logits + row + v, mask=v < V, other=-3e38).to(tl.float32)
-            g = a * (tl.exp(z - lse) - tl.where(v == target, 1.0, 0.0))                       # alpha (P - onehot)
-            if WITH_KL:
-                if b > 0:
-                    q = tl.load(logits + c.to(tl.int64) * V + v, mask=v < V, other=-3e38).to(tl.float32)
-                    q_n = tl.where(q >= border, tl.exp(q - lse_q), 0.0)
-                    g += b * (tl.where(q >= border, tl.exp(z - lse_n), 0.0) - q_n)            # beta (P~ - Q~)
-                    x += tl.sum(q_n * z, 0)
-            tl.store(d_logits + row + v, g.to(tl.bfloat16), mask=v < V)
-        if WITH_KL:
-            if b > 0:
-                tl.store(kl + r * C + c, h_q - x + lse_n)                                     # sum Q~ (log Q~ - log P~)
+            tl.store(d_logits + row + v, (a * (tl.exp(z - lse) - tl.where(v == target, 1.0, 0.0))).to(tl.bfloat16), mask=v < V)
+
+    @triton.jit
+    def mtpd_grad(logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """one target: the teacher's row, read once for its R-1 <= ROWS students; CE and KL, and their gradients"""
+        c, r = tl.program_id(0), 1 + tl.arange(0, ROWS)
+        there, main, rows = r < R, c.to(tl.int64) * V, (r.to(tl.int64) * C + c) * V
+        a0, a, b = tl.load(alpha), tl.load(alpha + r, mask=there, other=0.0), tl.load(beta + r - 1, mask=there, other=0.0)
+        border, lse_q, h_q, target = tl.load(teacher + c), tl.load(teacher + C + c), tl.load(teacher + 2 * C + c), tl.load(targets + c)
+
+        # first pass. m, s as above (m0, s0 the teacher's); s_n: sum exp(z - m) over the teacher's N, for P~
+        m0, s0 = -float("inf"), 0.0
+        m, s, s_n = tl.full((ROWS,), -3e38, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            q = tl.load(logits + main + v, mask=v < V, other=-3e38).to(tl.float32)
+            z = tl.load(logits + rows[:, None] + v[None, :], mask=there[:, None] & (v < V)[None, :], other=-3e38).to(tl.float32)
+            m0_new, m_new = tl.maximum(m0, tl.max(q, 0)), tl.maximum(m, tl.max(z, 1))
+            e, old = tl.exp(z - m_new[:, None]), tl.exp(m - m_new)
+            s0, m0 = s0 * tl.exp(m0 - m0_new) + tl.sum(tl.exp(q - m0_new), 0), m0_new
+            s, m, s_n = s * old + tl.sum(e, 1), m_new, s_n * old + tl.sum(tl.where((q >= border)[None, :], e, 0.0), 1)
+        s_n = tl.maximum(s_n, s * 1e-37)
+        lse0, lse, ratio, ratio_q = m0 + tl.log(s0), m + tl.log(s), s / s_n, tl.exp(m0 + tl.log(s0) - lse_q)
+        tl.store(ce + c, lse0 - tl.load(logits + main + target).to(tl.float32))
+        tl.store(ce + r * C + c, lse - tl.load(logits + rows + target, mask=there, other=0.0).to(tl.float32), mask=there)
+
+        # second pass: the gradients, and x = sum Q~ z
+        x = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            q = tl.load(logits + main + v, mask=v < V, other=-3e38).to(tl.float32)
+            z = tl.load(logits + rows[:, None] + v[None, :], mask=there[:, None] & (v < V)[None, :], other=-3e38).to(tl.float32)
+            keep, onehot, p0, p = q >= border, tl.where(v == target, 1.0, 0.0), tl.exp(q - lse0), tl.exp(z - lse[:, None])
+            q_n, p_n = tl.where(keep, p0 * ratio_q, 0.0), tl.where(keep[None, :], p * ratio[:, None], 0.0)
+            g = a[:, None] * (p - onehot[None, :]) + b[:, None] * (p_n - q_n[None, :])        # alpha (P - onehot) + beta (P~ - Q~)
+            tl.store(d_logits + main + v, (a0 * (p0 - onehot)).to(tl.bfloat16), mask=v < V)
+            tl.store(d_logits + rows[:, None] + v[None, :], g.to(tl.bfloat16), mask=there[:, None] & (v < V)[None, :])
+            x += tl.sum(q_n[None, :] * z, 1)
+        tl.store(kl + (r - 1) * C + c, tl.where(b > 0, h_q - x + m + tl.log(s_n), 0.0), mask=there)    # sum Q~ (log Q~ - log P~)
+
+
+# -----------------------------------------------------------------------------
+# decoding
+
+MANY = 32                                                      # rows from which a library's matrix product is the faster one
+
+
+def linear(x, weight, norm=None, square_relu=False, residual=None, rows=None, second=None, copy=None):
+    """
+    x (B, T, in) -> x @ weight.T (B, T, out), weight (out, in). Before it RMSNorm with the weights `norm`, after it relu^2, or
+    the sum with `residual` (B, T, out). Up to MANY rows in all, a row's result is the same to the last bit whatever rows are
+    beside it
+
+    rows    (B, T): take those of x, which is a cache (B, S, in) or a table (S, in)
+    second  (x, norm, rows) like these three; [x ; its x] @ weight.T then, weight (out, 2 in)
+    copy    (cache (B, S, out), rows (B, T)): write the result there, too
+    """
+    shape, N, K = (x if rows is None else rows.unsqueeze(-1)).shape[:-1], len(weight), x.size(-1)
+    if shape.numel() > MANY:
+        parts = [linear_input(*part) for part in ((x, norm, rows), second or ()) if part]
+        y = F.linear(torch.cat(parts, -1), weight)
+        y = F.relu(y).square() if square_relu else y if residual is None else y + residual
+        if copy is not None:
+            copy[0][torch.arange(len(y), device=y.device)[:, None], copy[1]] = y
+        return y
+    x2, norm2, rows2 = second or (None, None, None)
+    into, at = copy or (None, None)
+    apart = [0 if r is None or t.dim() == 2 else t.size(1) for t, r in ((x, rows), (x2, rows2), (into, at))]    # S of each
+    rows, rows2, at = (r if r is None else r.contiguous() for r in (rows, rows2, at))
+    out = x.new_empty(*shape, N)
+    BN, BK, stages = (64, 64, 3) if N > 8192 else (16, 512, 5) if K > 1024 else (32, 128, 3) if N > 1024 else (16, 256, 3)
+    few_rows[(triton.cdiv(N, BN), triton.cdiv(shape.numel(), 16))](
+        x.contiguous(), norm, rows, x2, norm2, rows2, weight, residual, out, into, at, shape.numel(), N, shape[-1], *apart, K=K,
+        SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=2, num_stages=stages, **early())
+    return out
+
+
+def linear_input(x, norm, rows):
+    if rows is not None:
+        x = x[rows] if x.dim() == 2 else x[torch.arange(len(x), device=x.device)[:, None], rows]
+    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm, 1e-5)
+
+
+def attention(qkv, rope, cache, pos, n_head):
+    """qkv (B, T, 3 d) of T new tokens at positions pos (B, T) -> (B, T, d); writes their keys and values into the cache,
+    (B, H, S, hd) each. rope: the angles of all positions, (2, length, hd)"""
+    B, T, d = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+    keys, values = cache
+    out = qkv.new_empty(B, T, d)
+    attend[(B * n_head,)](qkv, keys, values, pos.contiguous(), rope, out, T, keys.size(2), rope.size(1), H=n_head, HD=d // n_head,
+                          ROWS=max(16, triton.next_power_of_2(T)), BS=128, num_warps=4, **early())
+    return out
+
+
+@functools.cache
+def early():
+    """whether a kernel may be started while the one before it still runs, and wait inside (Hopper and later)"""
+    there = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return dict(PDL=True, launch_pdl=True) if there else dict(PDL=False)
+
+
+def block(self, x, rope, cache=None, where=None, copy=None):
+    """model.Block.forward, for new tokens whose `where` was made by the function below"""
+    if where is None or where[2] is not None:
+        return type(self).forward(self, x, rope, cache, where)
+    qkv = linear(x, self.attn.qkv.weight, norm=self.norm1.weight)
+    x = linear(attention(qkv, rope, cache, where[1], self.attn.n_head), self.attn.proj.weight, residual=x)
+    return linear(linear(x, self.fc.weight, norm=self.norm2.weight, square_relu=True), self.proj.weight, residual=x, copy=copy)
+
+
+def head_step(self, k, tokens, cache, pos):
+    """GPT.head_step; the rows of the cache and of the embedding are fetched, and h^k written back, on the way"""
+    where = pos if isinstance(pos, tuple) else self.where(cache, pos)
+    if where[2] is not None:
+        return type(self).head_step(self, k, tokens, cache, where)
+    part, pos = self.heads[k - 1], where[1]
+    x = linear(cache.hidden[k - 1], part.mix.weight, norm=part.norm_hidden.weight, rows=pos,
+               second=(self.weight, part.norm_embed.weight, tokens))
+    return block(part.block, x, where[3], cache.kv[self.config.n_layer + k - 1], where,
+                 copy=(cache.hidden[k], pos) if k < len(cache.hidden) else None)
+
+
+def where(self, cache, pos):
+    """GPT.where: no mask, and the angles of all positions, for a few new tokens"""
+    return type(self).where(self, cache, pos) if pos.size(1) > MANY else (cache.row, pos, None, self.rope)
+
+
+def logits(self, k, hidden, vocab=None):
+    """GPT.logits"""
+    return linear(hidden, self.weight[:vocab], norm=(self.norm if k == 0 else self.heads[k - 1].norm_out).weight)
+
+
+def install(model):
+    """let this model (its forward with a cache and few tokens) run on these kernels from now on"""
+    weight, hd = model.weight, model.config.n_embd // model.config.n_head
+    if triton is None or not (weight.is_cuda or interpreted()) or weight.dtype == torch.float64 or hd < 16 or hd & (hd - 1):
+        raise ValueError("the kernels need Triton, a CUDA GPU, a type of 32 bits or fewer and n_embd / n_head a power of two from 16 "
+                         f"on; found {'no Triton' if triton is None else 'Triton'}, {weight.device.type}, {str(weight.dtype)[6:]} "
+                         f"and {hd}: decode without (--compile off)")
+    for part in [*model.blocks, *(head.block for head in model.heads)]:
+        part.forward = functools.partial(block, part)
+    for function in (where, logits, head_step):
+        setattr(model, function.__name__, functools.partial(function, model))
+
+
+if triton is not None:
+
+    @triton.jit
+    def place_of(rows, m, M, T, S):
+        """which row of a cache or a table row m of the batch means; without rows, row m"""
+        if rows is None:
+            return m
+        return tl.load(rows + m, mask=m < M, other=0) + m // T * S
+
+    @triton.jit
+    def product(x, norm, source, weight, n, m, M, N, stride, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+        """rows of x, normed, times BN columns of weight.T, (16, BN)"""
+        y, square = tl.zeros((16, BN), tl.float32), tl.zeros((16, BK), tl.float32)
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, BK)
+            w = tl.load(weight + n[None, :].to(tl.int64) * stride + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+            a = tl.load(x + source[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+            if norm is not None:
+                wide = a.to(tl.float32)
+                square += wide * wide
+                a = (wide * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, :]).to(a.dtype)
+            y = tl.dot(a, w, y, input_precision="ieee")
+        if norm is not None:                                   # the root mean square belongs to the row: divide at the end
+            y *= tl.rsqrt(tl.sum(square, 1) / K + 1e-5)[:, None]
+        return y
+
+    @triton.jit
+    def few_rows(x, norm, rows, x2, norm2, rows2, weight, residual, out, copy, at, M, N, T, S, S2, S3, K: tl.constexpr,
+                 SQUARE_RELU: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+        """BN columns of the output for 16 rows, as many as a tensor core takes. What it costs is the weights' one journey"""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * 16 + tl.arange(0, 16)
+        there = (m < M)[:, None] & (n < N)[None, :]
+        if x2 is None:
+            y = product(x, norm, place_of(rows, m, M, T, S), weight, n, m, M, N, K, K, BN, BK)
+        else:
+            y = product(x, norm, place_of(rows, m, M, T, S), weight, n, m, M, N, 2 * K, K, BN, BK)
+            y += product(x2, norm2, place_of(rows2, m, M, T, S2), weight + K, n, m, M, N, 2 * K, K, BN, BK)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        if SQUARE_RELU:
+            y = tl.maximum(y, 0.0)
+            y *= y
+        if residual is not None:
+            y += tl.load(residual + m[:, None] * N + n[None, :], mask=there, other=0.0).to(tl.float32)
+        y = y.to(out.dtype.element_ty)
+        tl.store(out + m[:, None] * N + n[None, :], y, mask=there)
+        if copy is not None:
+            tl.store(copy + place_of(at, m, M, T, S3)[:, None] * N + n[None, :], y, mask=there)
+
+    @triton.jit
+    def turned(x, row, rope, p, length, HD: tl.constexpr):
+        """model.rotate of the rows x[row : row + HD] at positions p"""
+        i = tl.arange(0, HD)
+        other = tl.load(x + row[:, None] + (i + HD // 2)[None, :] % HD).to(tl.float32) * tl.where(i < HD // 2, -1.0, 1.0)[None, :]
+        cos, sin = tl.load(rope + p[:, None] * HD + i[None, :]), tl.load(rope + (length + p)[:, None] * HD + i[None, :])
+        return tl.load(x + row[:, None] + i[None, :]).to(tl.float32) * cos + other * sin
+
+    @triton.jit
+    def attend(qkv, keys, values, pos, rope, out, T, S, length, H: tl.constexpr, HD: tl.constexpr, ROWS: tl.constexpr, BS: tl.constexpr,
+               PDL: tl.constexpr):
+        """one attention head of one sequence: turn q and k, write k and v, then softmax(q k) v over the cache, BS slots at a time"""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        b, h = tl.program_id(0) // H, tl.program_id(0) % H
+        t, i = tl.arange(0, ROWS), tl.arange(0, HD)
+        there = (t < T)[:, None]
+        t = tl.minimum(t, T - 1)                               # rows past the last repeat it
+        p = tl.load(pos + b * T + t).to(tl.int32)
+        row = (b * T + t) * 3 * H * HD + h * HD
+        kind = keys.dtype.element_ty
+        q = (turned(qkv, row, rope, p, length, HD) * HD ** -0.5).to(kind)
+        own = tl.program_id(0).to(tl.int64) * S * HD
+        slot = own + p[:, None] * HD + i[None, :]
+        tl.store(keys + slot, turned(qkv, row + H * HD, rope, p, length, HD).to(kind), mask=there)
+        tl.store(values + slot, tl.load(qkv + (row + 2 * H * HD)[:, None] + i[None, :]), mask=there)
+        tl.debug_barrier()                                     # what one thread wrote, others read below
+        m, total, y = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, HD), tl.float32)
+        for start in range(0, tl.max(p, 0) + 1, BS):           # slots past a row's position change nothing, not even a bit
+            s = start + tl.arange(0, BS)
+            place = own + s[:, None] * HD + i[None, :]
+            k, v = tl.load(keys + place, mask=(s < S)[:, None], other=0.0), tl.load(values + place, mask=(s < S)[:, None], other=0.0)
+            score = tl.where(s[None, :] <= p[:, None], tl.dot(q, tl.trans(k), input_precision="ieee"), -float("inf"))
+            top = tl.maximum(m, tl.max(score, 1))
+            e, old = tl.exp(score - top[:, None]), tl.exp(m - top)
+            total, y, m = total * old + tl.sum(e, 1), y * old[:, None] + tl.dot(e.to(kind), v, input_precision="ieee"), top
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        place = (b * T + t)[:, None] * H * HD + h * HD + i[None, :]
+        tl.store(out + place, (y / total[:, None]).to(kind), mask=there)

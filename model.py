@@ -78,7 +78,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, 1e-5)    # x / sqrt(mean(x^2)) * weight; the mean in float32 even for bf16
+        # x / sqrt(mean(x^2)) * weight, the mean in float32 even for bf16; the fused kernel wants both of one type
+        return F.rms_norm(x, x.shape[-1:], self.weight.type_as(x), 1e-5)
 
 
 class Attention(nn.Module):
@@ -222,9 +223,9 @@ class GPT(nn.Module):
         """h^k -> RMSNorm_k(h^k), the row that W turns into logits; k = 0 is the main head"""
         return (self.norm if k == 0 else self.heads[k - 1].norm_out)(hidden)
 
-    def logits(self, k, hidden):
-        """h^k (..., d) -> logits of head k (..., V)"""
-        return F.linear(self.normed(k, hidden), self.weight)
+    def logits(self, k, hidden, vocab=None):
+        """h^k (..., d) -> logits of head k (..., V), or of the first `vocab` words only"""
+        return F.linear(self.normed(k, hidden), self.weight[:vocab])
 
     def forward(self, tokens, cut_heads=False):
         """

@@ -93,7 +93,7 @@ PRESETS = {
     "small": dict(data="python+packages", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
                   batch_size=32, micro_batch=16, steps=1500, lr=1e-3, warmup=100),
     "shakespeare": dict(data="shakespeare", tokenizer="bytes", n_layer=6, n_head=6, n_embd=384, block_size=256,
-                        dropout=0.2, batch_size=64, steps=5000, lr=1e-3, warmup=100, eval_windows=10000, keep_best=True),
+                        dropout=0.2, batch_size=64, steps=2000, lr=1e-3, warmup=100, eval_windows=10000, keep_best=True),
     "gpt2": dict(data="fineweb-edu", tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, block_size=1024,
                  batch_size=480, micro_batch=12, steps=5000, lr=6e-4, warmup=300, beta2=0.95, eval_every=500),
 }

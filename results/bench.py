@@ -90,7 +90,7 @@ def check(model, tokenizer, meta, cfg):
     prompts, heads, same, rows = read_prompts(cfg, tokenizer, meta, model), None if cfg.heads < 0 else cfg.heads, 0, []
     for n, prompt in enumerate(prompts):
         (a,), _ = decode.generate(model, [prompt], cfg.tokens, heads=0, compile=cfg.compile)
-        (b,), _ = decode.generate(model, [prompt], cfg.tokens, heads=heads, compile=cfg.compile)
+        (b,), _ = decode.generate(model, [prompt], cfg.tokens, heads=heads, compile=cfg.compile, draft_vocab=cfg.draft_vocab or None)
         if a == b:
             same += 1
             continue
@@ -137,12 +137,12 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
     """
     device, K = model.weight.device, model.config.n_mtp
     length = min(model.config.block_size, max(map(len, prompts)) + cfg.tokens)
-    counts = [cfg.heads] if cfg.heads > 0 else [k for k in range(1, K + 1) if k <= 4 or k & (k - 1) == 0] if cfg.heads < 0 else []
+    counts = [cfg.heads] if cfg.heads > 0 else [] if cfg.heads == 0 else list(range(1, K + 1)) if K <= 4 else [k for k in (4, 8, 16, 32) if k <= K]
     groups = [prompts[i : i + cfg.batch] for i in range(0, len(prompts) - cfg.batch + 1, cfg.batch)]
     if not groups:
         raise ValueError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)} (--count)")
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    decoders = {k: decode.Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator, cfg.compile)
+    decoders = {k: decode.Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator, cfg.compile, cfg.draft_vocab or None)
                 for k in [0, *counts]}
     for decoder in decoders.values():
         decode.run_decoder(decoder, groups[0], min(16, cfg.tokens))     # warm up
@@ -205,14 +205,18 @@ def text_acceptance(model, texts, temperature=0.0, top_k=None, accept="residual"
 
 def time_rounds(decoders, group, tokens):
     """{heads: decoder} -> {heads: milliseconds of a whole round, and of its drafts alone (0 without heads)}"""
-    device = decoders[0].n.device
+    device, rounds = decoders[0].n.device, 8 if decoders[0].n.is_cuda else 1     # on a GPU the host only waits for the last one
+
+    def several(function):
+        return lambda: [function() for _ in range(rounds)]
+
     for decoder in decoders.values():
         decoder.start(group, tokens)
-    whole = milliseconds([decoder.step for decoder in decoders.values()], device)
+    whole = milliseconds([several(decoder.step) for decoder in decoders.values()], device)
     for decoder in decoders.values():
         decoder.start(group, tokens)
-    drafts = [d.capture(d.draft) if device.type == "cuda" else d.draft for d in decoders.values()]
-    return {k: (w, d if k else 0.0) for k, w, d in zip(decoders, whole, milliseconds(drafts, device))}
+    drafts = milliseconds([several(d.capture(d.draft) if rounds > 1 else d.draft) for d in decoders.values()], device)
+    return {k: (w / rounds, d / rounds if k else 0.0) for k, w, d in zip(decoders, whole, drafts)}
 
 
 def print_decoding(name, rows):

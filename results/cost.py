@@ -6,6 +6,7 @@ cost.py: time and memory of training and decoding steps, on random tokens and we
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -34,18 +35,27 @@ def extension(cfg, device, dtype):
     return rows
 
 
+def ten(decoder):
+    """rounds, from 300 tokens of context on"""
+    decoder.n.fill_(300)
+    for _ in range(10):
+        decoder.step()
+
+
 def decoding(device, dtype):
-    """a plain step and a whole round with 4 heads, at 124M parameters and 300 tokens of context -> rows"""
+    """a plain step and whole rounds, at 124M parameters and 300 tokens of context, in turns -> rows"""
     torch.manual_seed(0)
     model = GPT(GPTConfig(50304, 1024, 12, 12, 768, 4)).to(device, dtype).eval()
     rows = []
     for batch in (1, 8, 32):
-        for heads in (0, 4):
-            decoder = decode.Decoder(model, batch, 512, heads, compile="round")
-            decoder.start([[1] * 256] * batch, 200)
-            ms, = bench.milliseconds([lambda: (decoder.n.fill_(300), decoder.step())], device, 50)
-            rows.append(dict(batch=batch, heads=heads, ms=ms, rounds_per_s=1000 / ms))
-            print(f"decode 124M batch {batch} heads {heads}: {ms:.3f} ms a round", flush=True)
+        decoders = []
+        for heads, first in ((0, None), (1, None), (4, None), (4, 8192)):
+            decoders.append((heads, first, decode.Decoder(model, batch, 512, heads, compile="kernels", draft_vocab=first)))
+            decoders[-1][2].start([[1] * 256] * batch, 200)
+        times = bench.milliseconds([functools.partial(ten, d) for *_, d in decoders], device, 40)
+        for (heads, first, _), ms in zip(decoders, [t / 10 for t in times]):
+            rows.append(dict(batch=batch, heads=heads, draft_vocab=first, ms=ms, plain_steps=10 * ms / times[0], rounds_per_s=1000 / ms))
+            print(f"decode 124M batch {batch} heads {heads} draft_vocab {first}: {ms:.3f} ms a round, {10 * ms / times[0]:.2f} plain steps", flush=True)
     return rows
 
 
@@ -66,7 +76,7 @@ PARTS = {
     "tiny": lambda base, *on: {"heads, tiny": bench.bench_training(train.make_config(dict(preset="tiny")), *on, steps=5, vocab=2048,
                                                                    combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])},
 }
-SCALES = {"gpu": ["kl", "extension", "heads", "plain", "memory", "decoding"], "tiny": ["tiny"]}
+SCALES = {"gpu": ["kl", "decoding", "plain", "extension", "heads", "memory"], "tiny": ["tiny"]}
 
 
 def main():

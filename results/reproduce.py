@@ -3,14 +3,15 @@ reproduce.py: the paper in miniature. Trains and measures everything that README
 
     python results/reproduce.py --scale tiny                  2 CPU cores, one seed
     python results/reproduce.py --scale gpu --prose TEXT      one CUDA GPU, three seeds, all parts
-    python results/reproduce.py --scale gpu --part effect     one part: effect, entropy, ablation, extend, speed, cost, nanogpt
+    python results/reproduce.py --scale gpu --part effect     some: effect, entropy, ablation, extend, deep, speed, cost, nanogpt
     python results/reproduce.py --scale gpu --part tables     only tables.md and the figures, from the rows that are there
 
 Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
         entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
         ablation  the paper's ablation at K = 1: start, detach, N, beta, direction, where the gradient goes
         extend    the K = 4 models looped to 8 and to 16 heads
-        speed     decoding with 0 .. 16 heads, and in batches
+        deep      MTP-D at K = 4 with three times the layers, for decoding
+        speed     decoding with 0 .. 16 heads, of the deep models, and in batches
         cost      time and memory of training steps (needs the machine to itself)
         nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
 
@@ -23,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import queue
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import tables  # noqa: E402
+import torch  # noqa: E402
 
 MODEL = {
     "tiny": "--preset tiny --eval_windows 200",
@@ -62,12 +65,12 @@ class Runner:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "runs.jsonl"
         self.rows, self.failed, self.makers = tables.read(self.path), 0, {}       # makers: the job that writes a folder
+        self.gpus = torch.cuda.device_count()
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             with open(self.path, "a", encoding="utf-8") as file:     # after a half line, the next row begins its own
                 file.write("\n")
 
     def add(self, **row):
-        import torch
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
         row = dict(row, device=device, torch=torch.__version__, python=platform.python_version())
         with self.lock:
@@ -78,12 +81,12 @@ class Runner:
     def has(self, name):
         return any(row["name"] == name for row in self.rows)
 
-    def run(self, name, part, command, **labels):
+    def run(self, name, part, command, gpu=0, **labels):
         """one command that prints JSON on its last line"""
         if self.has(name):
             return
         begin = time.time()
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+        done = self.call(command, gpu)
         if done.returncode:
             self.failed += 1
             print(f"{name} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
@@ -94,12 +97,30 @@ class Runner:
         brief = result.get("after", result) if isinstance(result, dict) else {}
         print(f"{name}: {time.time() - begin:.0f} s" + (f", main loss {brief['loss'][0]:.4f}, CAR {[round(x, 3) for x in brief['car']]}" if "car" in brief else ""), flush=True)
 
-    def all(self, jobs):
-        """jobs (name, part, command, labels), side by side"""
+    def call(self, command, gpu=0):
+        """a process of its own"""
+        one = {"CUDA_VISIBLE_DEVICES": str(gpu)} if self.gpus > 1 else {}
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env={**os.environ, **one})
+
+    def side_by_side(self, function, jobs, each):
+        """function(job, gpu) for all jobs, `each` at a time on each GPU"""
+        lanes = queue.Queue()
+        for gpu in list(range(max(1, self.gpus))) * each:
+            lanes.put(gpu)
+
+        def work(job):
+            gpu = lanes.get()
+            function(job, gpu)
+            lanes.put(gpu)
+
+        with ThreadPoolExecutor(lanes.qsize()) as pool:
+            list(pool.map(work, jobs))
+
+    def all(self, jobs, each=None):
+        """jobs (name, part, command, labels); each=1 for those that are timed"""
         jobs = [job for job in jobs if not self.has(job[0])]
         self.restore(jobs)
-        with ThreadPoolExecutor(self.parallel) as pool:
-            list(pool.map(lambda job: self.run(*job[:3], **job[3]), jobs))
+        self.side_by_side(lambda job, gpu: self.run(*job[:3], gpu=gpu, **job[3]), jobs, each or self.parallel)
 
     def restore(self, jobs):
         """make the checkpoints again that these jobs read, that have a row and whose files are gone: runs.jsonl travels,
@@ -109,8 +130,7 @@ class Runner:
         if gone:
             self.restore(gone)
             print(f"making {len(gone)} checkpoints again: {', '.join(job[0] for job in gone)}", flush=True)
-            with ThreadPoolExecutor(self.parallel) as pool:
-                list(pool.map(lambda job: subprocess.run([sys.executable, *job[2]], capture_output=True, cwd=ROOT), gone))
+            self.side_by_side(lambda job, gpu: self.call(job[2], gpu), gone, self.parallel)
 
 
 def shorten(value):
@@ -184,19 +204,33 @@ def extend(args, runner, sources):
         runner.all(extend_jobs(args, runner, sources, n, source))
 
 
+def deep_jobs(args, runner, sources):
+    data, extra = sources["python"]
+    return [train_job(args, args.scale, runner.work, f"python deep K4 MTP-D seed{seed}", "deep", data, seed, f"{extra} --n_mtp 4 --n_layer 24", text="python", K=4, method="MTP-D")
+            for seed in SEEDS[args.scale] if args.scale == "gpu"]
+
+
+def deep(args, runner, sources):
+    runner.all(deep_jobs(args, runner, sources))
+
+
 def speed(args, runner, sources):
-    fast = ["--compile", "blocks"] if args.scale == "gpu" else []
-    for text in sources:
-        def ckpt(name, heads=""):
-            return str(runner.work / f"{text} {name} seed1".replace(" ", "_")) + heads + "/ckpt.pt"
-        many, ours = [ckpt("K1 MTP"), ckpt("K4 MTP"), ckpt("K4 MTP-D"), ckpt("K4 MTP-D", "-8"), ckpt("K4 MTP-D", "-16")], ckpt("K4 MTP-D")
-        tokens = ["--tokens", "128" if args.scale == "gpu" else "64", "--prompt_tokens", "64" if args.scale == "gpu" else "32", "--json"]
-        jobs = [(f"speed {text}", "speed", ["decode.py", *many, "--bench", "--count", "8", *tokens, *fast], dict(text=text)),
-                *[(f"speed {text} batch {batch}", "speed", ["decode.py", ours, "--bench", "--heads", "4", "--batch", str(batch), "--count", str(2 * batch), *tokens, *fast],
-                   dict(text=text, batch=batch)) for batch in ((8, 32) if args.scale == "gpu" else ())],
-                (f"check {text}", "speed", ["decode.py", ours, "--check", "--count", "16", *tokens], dict(text=text))]
-        for job in jobs:                       # one at a time: they are timed
-            runner.all([job])
+    gpu = args.scale == "gpu"
+    options = ["--compile", "kernels", "--tokens", "128", "--prompt_tokens", "64", "--json"] if gpu else ["--tokens", "64", "--prompt_tokens", "32", "--json"]
+
+    def ckpt(name, heads=""):
+        return str(runner.work / f"python {name}".replace(" ", "_")) + heads + "/ckpt.pt"
+
+    def job(name, *more, **labels):
+        return name, "speed", ["decode.py", *more, *options], dict(text="python", **labels)
+    ours = ckpt("K4 MTP-D seed1")
+    many = [ckpt("K1 MTP seed1"), ckpt("K4 MTP seed1"), ours, ckpt("K4 MTP-D seed1", "-8"), ckpt("K4 MTP-D seed1", "-16")]
+    jobs = [job("speed python", *many, "--bench", "--count", "8"), job("check python", ours, "--check", "--count", "16")]
+    if gpu:
+        jobs += [job(f"speed python deep seed{seed}", ckpt(f"deep K4 MTP-D seed{seed}"), "--bench", "--count", "16", seed=seed) for seed in SEEDS["gpu"]]
+        jobs += [job(f"speed python batch {batch}", ours, "--bench", "--heads", "4", "--batch", str(batch), "--count", str(2 * batch), batch=batch) for batch in (8, 32)]
+        jobs += [job("check python deep", ckpt("deep K4 MTP-D seed1"), "--check", "--count", "16")]
+    runner.all(jobs, each=1)                   # they are timed
 
 
 def cost(args, runner, sources):
@@ -218,7 +252,7 @@ def nanogpt(args, runner, sources):
             runner.add(name=f"shakespeare K{K} curve", part="nanogpt", result=dict(step=[v["step"] for v in vals], val=[round(v["val"]["loss"][0], 4) for v in vals], ms_per_step=round(ms, 2)))
 
 
-PARTS = {"effect": effect, "entropy": entropy, "ablation": ablation, "extend": extend, "nanogpt": nanogpt, "speed": speed, "cost": cost}
+PARTS = {"effect": effect, "entropy": entropy, "ablation": ablation, "extend": extend, "deep": deep, "nanogpt": nanogpt, "speed": speed, "cost": cost}
 
 
 def main():
@@ -229,7 +263,7 @@ def main():
     parser.add_argument("--python", default="python", help="the source-code data: a source of data/prepare.py or a prepared folder")
     parser.add_argument("--shakespeare", default="", help="the prepared Shakespeare folder, for the part nanogpt")
     parser.add_argument("--work", default="out/reproduce", help="folder for checkpoints")
-    parser.add_argument("--parallel", type=int, default=0, help="runs side by side; 0: 6 on a GPU, 1 on a CPU (not for speed and cost)")
+    parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; 0: 6, or 1 on a CPU (not for speed and cost)")
     args = parser.parse_args()
     unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
     if unknown:
@@ -238,7 +272,7 @@ def main():
     if args.prose and args.scale == "gpu":
         sources["prose"] = (args.prose, "--tokenizer bpe:4096")
     runner = Runner(args.scale, args.work, args.parallel or (6 if args.scale == "gpu" else 1))
-    makers = effect_jobs(args, runner, sources) + [job for loop in LOOPS for job in extend_jobs(args, runner, sources, *loop)]
+    makers = effect_jobs(args, runner, sources) + deep_jobs(args, runner, sources) + [job for loop in LOOPS for job in extend_jobs(args, runner, sources, *loop)]
     runner.makers = {Path(job[2][job[2].index("--out") + 1]): job for job in makers}
     for name, part in PARTS.items():
         if args.part == "all" or name in args.part.split(","):

@@ -5,6 +5,7 @@ tables.py: tables.md and the figures of a scale, from its runs.jsonl. Called by 
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -189,17 +190,20 @@ def tradeoff_figure(plt, rows):
     everything = group(rows, "ablation", "text", "variant")
     if not everything:
         return None
-    text = max(text for text, _ in everything)                  # prose, where there is some
-    groups = {(variant,): runs for (t, variant), runs in everything.items() if t == text}
+    text = max(text for text, _ in everything).split(",")[0]    # prose, where there is some; "prose, an earlier build" too
+    points = {}
+    for t, variant in sorted(everything):
+        if t.split(",")[0] == text and variant not in points:
+            points[variant] = [statistics.mean(paired(everything, (t, variant), (t, "MTP"), measure) or [0]) for measure in
+                               (lambda r: 100 * r["result"]["ar"][0], lambda r: r["result"]["loss"][0])]
     fig, (ax,) = canvas(plt)
-    points = sorted((statistics.mean(100 * r["result"]["ar"][0] for r in runs), statistics.mean(r["result"]["loss"][0] for r in runs), variant)
-                    for (variant,), runs in groups.items())
+    points = sorted((*xy, variant) for variant, xy in points.items())
     for i, (y, x, variant) in enumerate(points):                # the names in a column on the right, in the order of the points
         colour = COLOUR["MTP" if variant == "MTP" else "MTP-D"]
         ax.plot(x, y, "o", ms=5, color=colour)
         ax.annotate(variant, (x, y), xytext=(1.03, (i + 0.5) / len(points)), textcoords="axes fraction", fontsize=7, va="center", color=colour,
                     arrowprops=dict(arrowstyle="-", color="#bbbbbb", lw=0.5, shrinkA=1, shrinkB=3, relpos=(0, 0.5)), annotation_clip=False)
-    ax.set(title=f"{text}, K = 1: what acceptance costs", xlabel="main head's validation loss, nats (left: better)", ylabel="AR_1, % (up: better)")
+    ax.set(title=f"{text}, K = 1: differences to MTP", xlabel="main head's validation loss, nats (left: better)", ylabel="AR_1, points (up: better)")
     ax.margins(x=0.1, y=0.08)
     return fig
 
@@ -209,7 +213,7 @@ def speed_figure(plt, rows):
     for row in rows:
         for r in row["result"] if row.get("part") == "speed" and isinstance(row["result"], list) else ():
             if r["batch"] == 1 and r["temperature"] == 1:
-                groups.setdefault(row["name"], {}).setdefault(r["checkpoint"], []).append(r)
+                groups.setdefault(re.sub(r" seed\d+$", "", row["name"]), {}).setdefault(r["checkpoint"], []).append(r)
     if not groups:
         return None
     fig, axes = canvas(plt, 2, len(groups))

@@ -355,14 +355,14 @@ def test_a_refusal_that_only_rounding_can_cause_still_emits_a_possible_token(mon
     assert a.eq(0).all() and set(y.tolist()) == {1, 2}
 
 
-def end_to_end(monkeypatch, rule, heads, new, top_k=None, stop=None, V=3, temperature=0.7):
+def end_to_end(monkeypatch, rule, heads, new, top_k=None, stop=None, V=3, temperature=0.7, draft_vocab=None):
     """-> law of the texts by generate(), law of the texts by the main head's conditionals"""
     model, prompt = make_model(V, 12, heads, seed=4), [1, 0]
     rows = V * branches_of_a_round(rule, V, heads) ** (new - 1)
     with monkeypatch.context() as patch:
         tree = Branches(patch, rows)
         texts, _ = generate(model, [prompt] * rows, new, temperature=temperature, top_k=top_k, accept=rule,
-                            stop_token=stop)
+                            stop_token=stop, draft_vocab=draft_vocab)
     want = {(): 1.0}
     for _ in range(new):
         for text in [t for t in want if not t or t[-1] != stop]:
@@ -383,6 +383,23 @@ def test_the_law_of_a_whole_continuation_is_the_main_heads(rule, heads, monkeypa
     for case in [{}, {"top_k": 2}, {"stop": 1}, {"V": 4, "new": 2}, {"V": 2, "new": 3}]:
         got, want = end_to_end(monkeypatch, rule, heads, **{"new": 3, **slow, **case})
         assert distance(got, want) < 1e-10, case
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_law_stays_when_heads_guess_among_the_first_ids_only(rule, monkeypatch):
+    got, want = end_to_end(monkeypatch, rule, 2, 2 if rule == "residual" else 3, draft_vocab=2)
+    assert distance(got, want) < 1e-10
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_greedy_text_stays_when_heads_guess_among_the_first_ids_only(first, monkeypatch):
+    model, guesses, real = make_model(6, 24, 3, seed=2), [], decode.Decoder.verify
+    monkeypatch.setattr(decode.Decoder, "verify", lambda self, q=None: (real(self, q), guesses.append(self.drafts))[0])
+    prompts = [[1, 2, 3], [4]]
+    texts, stats = generate(model, prompts, 15, draft_vocab=first)
+    assert texts == plain(model, prompts, 15)
+    assert torch.cat(guesses).max() < first
+    assert generate(model, prompts, 15, draft_vocab=6)[1].accepted == generate(model, prompts, 15)[1].accepted
 
 
 def accepts_by_q(p, q, d, generator=None):
@@ -577,13 +594,14 @@ def test_cuda_graphs_equal_the_eager_cpu():
             assert texts[0] == texts[1]
 
 
-def test_compiled_round_gives_the_same_text(monkeypatch):
+def test_compiled_parts_give_the_same_text(monkeypatch):
     """traced by torch.compile, run without its code generator: the same drafts, draws and text"""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="eager", **options))
+    monkeypatch.setattr(decode.kernels, "install", lambda model: None)
     model = counting_model(K=2, noise=0.2)
     texts = [generate(model, [[1, 2], [4]], 12, temperature=1.0, compile=how,
-                      generator=torch.Generator().manual_seed(5)) for how in ("off", "round")]
+                      generator=torch.Generator().manual_seed(5)) for how in ("off", "kernels")]
     (want, stats), (got, counted) = texts
     assert got == want and counted.accepted == stats.accepted and 0 < stats.accepted[0] < stats.forwards
 
