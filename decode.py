@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from common import knob, load_checkpoint, parse, pick_device, pick_dtype, run
+from data.prepare import Tokenizer
 from model import Cache
 
 # -----------------------------------------------------------------------------
@@ -381,10 +383,6 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
 # the command line: text as it comes, or --trace. For --check and --bench see results/bench.py
 
 
-def knob(default, text):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class DecodeConfig:
     prompt: str = knob("\n", "text to continue")
@@ -407,9 +405,6 @@ class DecodeConfig:
 
 def load(path, cfg):
     """-> (model on the device in its dtype, tokenizer, meta)"""
-    from data.prepare import Tokenizer
-    from train import load_checkpoint, pick_device, pick_dtype
-
     device = pick_device(cfg.device)
     model, meta = load_checkpoint(path, device)
     return model.to(pick_dtype(cfg.dtype, device)[0]), Tokenizer(meta["tokenizer"]), meta
@@ -484,8 +479,6 @@ def speak(model, tokenizer, cfg, traced):
 
 
 def main():
-    from train import parse
-
     given, rest = parse(DecodeConfig, __doc__, [
         ("checkpoints", dict(nargs="+", metavar="CKPT", help="of train.py or extend.py; --bench takes several, the first is the baseline")),
         ("--trace", dict(action="store_true", help="a line a round: which head guessed each token, and what was refused")),
@@ -520,6 +513,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from train import run
-
     run(main)
