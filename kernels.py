@@ -243,7 +243,7 @@ def attention(qkv, rope, cache, pos, n_head):
 @functools.cache
 def early():
     """whether a kernel may be started while the one before it still runs, and wait inside (Hopper and later)"""
-    there = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    there = torch.cuda.is_available() and torch.version.cuda and torch.cuda.get_device_capability() >= (9, 0)
     return dict(PDL=True, launch_pdl=True) if there else dict(PDL=False)
 
 
