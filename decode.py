@@ -197,8 +197,9 @@ class Decoder:
         self.row = torch.arange(batch, device=weight.device)[:, None]
         self.back = torch.arange(-heads - 1, 0, device=weight.device)       # offsets of the rows that draft() rebuilds
         self.ahead = torch.arange(heads + 1, device=weight.device)          # .. and of those that verify() reads
-        if compile == "kernels":                             # the model keeps them; the small operations around them are fused
-            kernels.install(model)
+        if compile == "kernels":                             # the model keeps them. The small operations around them are fused
+            kernels.install(model)                           # (but for the draws: torch.compile can't take a Generator)
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096     # every Decoder is another
             self.guess, self.settle = (torch.compile(f, dynamic=False) for f in (self.guess, self.settle))
         self.step = self.capture(self.round) if weight.is_cuda else self.round
 
@@ -310,7 +311,7 @@ class Decoder:
         return -(-left // (self.heads + 1)) if self.stop_token is None else min(left, 1)
 
 
-def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept, draft_vocab=None):
+def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept, draft_vocab=None, compile="off"):
     V, K = model.config.vocab_size, model.config.n_mtp
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError("a prompt is empty; give at least one token for each")
@@ -330,8 +331,9 @@ def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, acc
         raise ValueError(f"top_k is {top_k}; it must be from 1 to {V} (the vocabulary)")
     if draft_vocab is not None and not 1 <= draft_vocab <= V:
         raise ValueError(f"draft_vocab is {draft_vocab}; it must be from 1 to {V} (the vocabulary)")
-    if accept not in RULES:
-        raise ValueError(f"unknown accept rule {accept!r}; choose one of {', '.join(RULES)}")
+    for name, value, known in (("accept rule", accept, RULES), ("compile", compile, COMPILE)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
 
 
 @torch.no_grad()
@@ -349,7 +351,7 @@ def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top
     -> (list of lists of new ids, Stats). Raises ValueError on a bad request.
     """
     heads = model.config.n_mtp if heads is None else heads
-    check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept, draft_vocab)
+    check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept, draft_vocab, compile)
     length = min(model.config.block_size, max(map(len, prompts)) + max_new_tokens)
     training, _ = model.training, model.eval()
     try:
@@ -493,16 +495,14 @@ def main():
         raise ValueError(f"{path} and {other} have different tokenizers, so that their tokens per second can't be compared")
     if len(models) > 1 and not rest["bench"]:
         raise ValueError("several checkpoints only make sense with --bench")
-    for p, m, _, _ in models:
-        if m.config.n_mtp == 0:
-            print(f"{p} has no MTP heads: decoding plainly, one token a forward")
-        request = (max(0, cfg.heads), cfg.temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None)
-        check_request(m, [[0]], cfg.tokens, *request)
-    if cfg.compile not in COMPILE:
-        raise ValueError(f"--compile is {cfg.compile!r}; choose one of {', '.join(COMPILE)}")
     for name, least in dict(top_k=0, draft_vocab=0, count=1, batch=1, prompt_tokens=1).items():
         if getattr(cfg, name) < least:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; it must be at least {least}")
+    for p, m, _, _ in models:
+        if m.config.n_mtp == 0:
+            print(f"{p} has no MTP heads: decoding plainly, one token a forward")
+        request = (max(0, cfg.heads), cfg.temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None, cfg.compile)
+        check_request(m, [[0]], cfg.tokens, *request)
     if rest["check"] or rest["bench"]:
         from results import bench
         result = bench.check(model, tokenizer, meta, cfg) if rest["check"] else bench.compare(models, cfg)

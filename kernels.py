@@ -216,10 +216,12 @@ def linear(x, weight, norm=None, square_relu=False, residual=None, rows=None, se
     apart = [0 if r is None or t.dim() == 2 else t.size(1) for t, r in ((x, rows), (x2, rows2), (into, at))]    # S of each
     rows, rows2, at = (r if r is None else r.contiguous() for r in (rows, rows2, at))
     out = x.new_empty(*shape, N)
-    BN, BK, stages = (64, 64, 3) if N > 8192 else (16, 512, 5) if K > 1024 else (32, 128, 3) if N > 1024 else (16, 256, 3)
+    # as timed on an H100, within the 99 KB of shared memory of a consumer GPU: stages (BN + 16) BK numbers
+    BN, BK, warps, stages = (64, 64, 2, 3) if N > 8192 else (8, 256, 1, 5) if K > 1024 else (32, 128, 2, 3) if N > 1024 else (16, 256, 2, 3)
     few_rows[(triton.cdiv(N, BN), triton.cdiv(shape.numel(), 16))](
         x.contiguous(), norm, rows, x2, norm2, rows2, weight, residual, out, into, at, shape.numel(), N, shape[-1], *apart, K=K,
-        SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=2, num_stages=stages, **early())
+        SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=warps,
+        num_stages=stages if x.element_size() == 2 else 3, **early())
     return out
 
 
@@ -229,14 +231,15 @@ def linear_input(x, norm, rows):
     return x if norm is None else F.rms_norm(x, x.shape[-1:], norm, 1e-5)
 
 
-def attention(qkv, rope, cache, pos, n_head):
-    """qkv (B, T, 3 d) of T new tokens at positions pos (B, T) -> (B, T, d); writes their keys and values into the cache,
-    (B, H, S, hd) each. rope: the angles of all positions, (2, length, hd)"""
+def attention(qkv, rope, cache, pos, n_head, tile=16):
+    """qkv (B, T, 3 d) of T <= tile new tokens at positions pos (B, T) -> (B, T, d); writes their keys and values into the
+    cache, (B, H, S, hd) each. rope: the angles of all positions, (2, length, hd)"""
     B, T, d = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     keys, values = cache
     out = qkv.new_empty(B, T, d)
+    slots = max(16, min(128, 2**14 * n_head // (d * qkv.element_size())))          # at a time: what fits into shared memory
     attend[(B * n_head,)](qkv, keys, values, pos.contiguous(), rope, out, T, keys.size(2), rope.size(1), H=n_head, HD=d // n_head,
-                          ROWS=max(16, triton.next_power_of_2(T)), BS=128, num_warps=4, **early())
+                          ROWS=tile, BS=slots, num_warps=4, **early())
     return out
 
 
@@ -244,15 +247,15 @@ def attention(qkv, rope, cache, pos, n_head):
 def early():
     """whether a kernel may be started while the one before it still runs, and wait inside (Hopper and later)"""
     there = torch.cuda.is_available() and torch.version.cuda and torch.cuda.get_device_capability() >= (9, 0)
-    return dict(PDL=True, launch_pdl=True) if there else dict(PDL=False)
+    return dict(PDL=True, launch_pdl=True) if there and hasattr(tl.extra.cuda, "gdc_wait") else dict(PDL=False)
 
 
-def block(self, x, rope, cache=None, where=None, copy=None):
+def block(self, tile, x, rope, cache=None, where=None, copy=None):
     """model.Block.forward, for new tokens whose `where` was made by the function below"""
     if where is None or where[2] is not None:
         return type(self).forward(self, x, rope, cache, where)
     qkv = linear(x, self.attn.qkv.weight, norm=self.norm1.weight)
-    x = linear(attention(qkv, rope, cache, where[1], self.attn.n_head), self.attn.proj.weight, residual=x)
+    x = linear(attention(qkv, rope, cache, where[1], self.attn.n_head, tile), self.attn.proj.weight, residual=x)
     return linear(linear(x, self.fc.weight, norm=self.norm2.weight, square_relu=True), self.proj.weight, residual=x, copy=copy)
 
 
@@ -264,13 +267,19 @@ def head_step(self, k, tokens, cache, pos):
     part, pos = self.heads[k - 1], where[1]
     x = linear(cache.hidden[k - 1], part.mix.weight, norm=part.norm_hidden.weight, rows=pos,
                second=(self.weight, part.norm_embed.weight, tokens))
-    return block(part.block, x, where[3], cache.kv[self.config.n_layer + k - 1], where,
-                 copy=(cache.hidden[k], pos) if k < len(cache.hidden) else None)
+    return part.block(x, where[3], cache.kv[self.config.n_layer + k - 1], where,
+                      copy=(cache.hidden[k], pos) if k < len(cache.hidden) else None)
 
 
 def where(self, cache, pos):
     """GPT.where: no mask, and the angles of all positions, for a few new tokens"""
-    return type(self).where(self, cache, pos) if pos.size(1) > MANY else (cache.row, pos, None, self.rope)
+    return type(self).where(self, cache, pos) if pos.size(1) > tile_of(self) else (cache.row, pos, None, self.rope)
+
+
+def tile_of(model):
+    """new tokens that attend() has room for: those of any round of this model, with however many heads. One number a model,
+    for another tile may be summed in another order"""
+    return max(16, triton.next_power_of_2(model.config.n_mtp + 1))
 
 
 def logits(self, k, hidden, vocab=None):
@@ -279,14 +288,14 @@ def logits(self, k, hidden, vocab=None):
 
 
 def install(model):
-    """let this model (its forward with a cache and few tokens) run on these kernels from now on"""
+    """let this model run on these kernels from now on, wherever it takes a few tokens with a cache"""
     weight, hd = model.weight, model.config.n_embd // model.config.n_head
     if triton is None or not (weight.is_cuda or interpreted()) or weight.dtype == torch.float64 or hd < 16 or hd & (hd - 1):
         raise ValueError("the kernels need Triton, a CUDA GPU, a type of 32 bits or fewer and n_embd / n_head a power of two from 16 "
                          f"on; found {'no Triton' if triton is None else 'Triton'}, {weight.device.type}, {str(weight.dtype)[6:]} "
                          f"and {hd}: decode without (--compile off)")
     for part in [*model.blocks, *(head.block for head in model.heads)]:
-        part.forward = functools.partial(block, part)
+        part.forward = functools.partial(block, part, tile_of(model))
     for function in (where, logits, head_step):
         setattr(model, function.__name__, functools.partial(function, model))
 
@@ -297,8 +306,10 @@ if triton is not None:
     def place_of(rows, m, M, T, S):
         """which row of a cache or a table row m of the batch means; without rows, row m"""
         if rows is None:
-            return m
-        return tl.load(rows + m, mask=m < M, other=0) + m // T * S
+            place = m
+        else:                                                  # no `return` in the middle: Triton compiles what follows it
+            place = tl.load(rows + m, mask=m < M, other=0) + m // T * S
+        return place
 
     @triton.jit
     def product(x, norm, source, weight, n, m, M, N, stride, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):

@@ -2,7 +2,7 @@
 bench.py: is the decoded text the same, how fast is decoding, and what does a training step cost? Called by the scripts:
 
     python decode.py CKPT --check           greedy text with heads against plain decoding, token by token -> check
-    python decode.py CKPT .. --bench        plain decoding and 1 .. K heads on the same prompts           -> bench_decoding
+    python decode.py CKPT .. --bench        plain decoding and 1 .. 4 (8, 16, 32) heads on the same prompts -> bench_decoding
     python train.py --preset gpt2 --bench   a training step for several K, without and with the KL        -> bench_training
 
 Prompts come from --prompts or from the validation text. Training steps run on random tokens and fresh weights, as
@@ -11,6 +11,7 @@ results/cost.py does. All times are medians of the wall clock, so run it with th
 
 import dataclasses
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -32,8 +33,7 @@ def now(device):
 
 
 def median(values):
-    values = sorted(values)
-    return values[len(values) // 2] if values else 0.0
+    return statistics.median(values) if values else 0.0
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
             runs[k].append(stats)
     good = [i for i in range(len(groups)) if not looping[i]] or range(len(groups))
     texts = [text for i in good for text in plain[i]]
-    ar, car = text_acceptance(model, texts, temperature, cfg.top_k or None, cfg.accept) if counts else ([], [])
+    ar, car = text_acceptance(model, texts, temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None) if counts else ([], [])
     weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
     rows, times = [], time_rounds(decoders, groups[0], cfg.tokens)
     for k in decoders:
@@ -175,7 +175,7 @@ def bench_decoding(model, prompts, cfg, temperature, baseline=None):
     return rows
 
 
-def text_acceptance(model, texts, temperature=0.0, top_k=None, accept="residual"):
+def text_acceptance(model, texts, temperature=0.0, top_k=None, accept="residual", draft_vocab=None):
     """
     (AR, CAR), K numbers each, of the continuations in texts, pairs of a prompt and what came after it: how often a round
     at each position would accept drafts 1..k. Greedy: drafts are right or wrong. Sampled: draft k is accepted with probability sum_v min(p, q) by
@@ -186,13 +186,14 @@ def text_acceptance(model, texts, temperature=0.0, top_k=None, accept="residual"
         if len(ids) <= K:
             continue
         logits = model.all_logits(torch.tensor([prompt + ids[:-1]], device=model.weight.device))
+        logits[1:] = [x[..., :draft_vocab] for x in logits[1:]]
         T = len(prompt) + len(ids) - 1 - K                              # rows that have all K drafts
         if temperature == 0:
             length = decode.accepted_lengths([x.argmax(-1) for x in logits])[0]                          # (T,)
             kept = length[:, None] > torch.arange(K, device=length.device)                              # (T, K)
         else:
             p, *q = [decode.probabilities(x[0], temperature, top_k) for x in logits]
-            pairs = [(p[k : k + T], law[:T]) for k, law in enumerate(q, 1)]
+            pairs = [(p[k : k + T], torch.nn.functional.pad(law[:T], (0, p.size(-1) - law.size(-1)))) for k, law in enumerate(q, 1)]
             kept = torch.stack([torch.minimum(a, b).sum(-1) if accept == "residual" else a.gather(-1, b.argmax(-1, keepdim=True))[:, 0]
                                 for a, b in pairs], 1).cumprod(1)
         rows.append(kept[len(prompt) - 1 :])

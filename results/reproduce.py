@@ -99,7 +99,8 @@ class Runner:
 
     def call(self, command, gpu=0):
         """a process of its own"""
-        one = {"CUDA_VISIBLE_DEVICES": str(gpu)} if self.gpus > 1 else {}
+        mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else range(self.gpus)
+        one = {"CUDA_VISIBLE_DEVICES": str(mine[gpu])} if self.gpus > 1 else {}
         return subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env={**os.environ, **one})
 
     def side_by_side(self, function, jobs, each):
@@ -110,8 +111,10 @@ class Runner:
 
         def work(job):
             gpu = lanes.get()
-            function(job, gpu)
-            lanes.put(gpu)
+            try:
+                function(job, gpu)
+            finally:
+                lanes.put(gpu)
 
         with ThreadPoolExecutor(lanes.qsize()) as pool:
             list(pool.map(work, jobs))
@@ -268,6 +271,8 @@ def main():
     unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
     if unknown:
         sys.exit(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, tables")
+    if args.parallel < 0:
+        sys.exit(f"--parallel is {args.parallel}; it must be 0 or more")
     sources = {"python": (args.python, "--tokenizer bpe:4096 --dropout 0.1" if args.scale == "gpu" else "")}
     if args.prose and args.scale == "gpu":
         sources["prose"] = (args.prose, "--tokenizer bpe:4096")

@@ -402,6 +402,20 @@ def test_greedy_text_stays_when_heads_guess_among_the_first_ids_only(first, monk
     assert generate(model, prompts, 15, draft_vocab=6)[1].accepted == generate(model, prompts, 15)[1].accepted
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_benchs_acceptance_is_that_of_restricted_heads(temperature):
+    """with the first id alone, a draft is right where the main head says it, or with the probability it has there"""
+    from results import bench
+    model, text = make_model(5, 24, 2, seed=3), ([1, 2], [0, 3, 0, 4, 1, 0, 2, 0])
+    ids = torch.tensor([text[0] + text[1][:-1]])
+    main = model.all_logits(ids)[0][0, len(text[0]) :]                       # rows that head 1's drafts are judged by
+    first = (main.argmax(-1) == 0).double() if temperature == 0 else main.softmax(-1)[:, 0]
+    _, car = bench.text_acceptance(model, [text], temperature, draft_vocab=1)
+    rows = len(ids[0]) - 2 - (len(text[0]) - 1)                              # .. and that have all K = 2 drafts
+    assert car[0] == pytest.approx(first[:rows].mean().item()) and car[1] == pytest.approx((first[:-1] * first[1:])[:rows].mean().item())
+    assert bench.text_acceptance(model, [text], temperature, draft_vocab=5) == bench.text_acceptance(model, [text], temperature)
+
+
 def accepts_by_q(p, q, d, generator=None):
     a = decode.leading(decode.coin(q.gather(-1, d.unsqueeze(-1)).squeeze(-1)))
     rest = torch.cat(((p[:, :-1] - q).clamp_min(0), p[:, -1:]), 1)

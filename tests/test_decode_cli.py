@@ -96,7 +96,7 @@ def test_loops_are_told_from_text():
     (["two.pt", "none.pt"], "only make sense with --bench"), (["gone.pt"], "no checkpoint at"),
     (["two.pt", "--prompt", "x" * 64], "64 tokens; the context takes 64"),
     (["two.pt", "--bench", "--batch", 9, "--tokens", 4], "--batch 9"), (["two.pt", "--bench", "--batch", 0], "--batch is 0"),
-    (["two.pt", "--check", "--count", 0], "--count is 0"), (["two.pt", "--compile", "x"], "--compile is 'x'"),
+    (["two.pt", "--check", "--count", 0], "--count is 0"), (["two.pt", "--compile", "x"], "unknown compile 'x'"),
     (["two.pt", "--bench", "--tokens", 2, "--prompt_tokens", 8], "no continuation is longer than 2 tokens"),
 ])
 def test_bad_requests(toys, monkeypatch, capsys, argv, message):

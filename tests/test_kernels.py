@@ -1,4 +1,8 @@
 """kernels.py against distill.py: on a GPU as it is; without one, by Triton's interpreter (tests/conftest.py asks for it)."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -204,3 +208,60 @@ def test_in_bf16_the_text_is_plain_decodings_to_the_last_token(heads):
         prompt = torch.randint(512, (20 + n,)).tolist()
         texts = [decode.generate(gpt, [prompt], 150, heads=k, compile="kernels")[0] for k in (0, heads)]
         assert texts[0] == texts[1]
+
+
+COMPILE = '''
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import kernels, model
+
+arch = int(sys.argv[1])
+kernels.early = lambda: dict(PDL=arch >= 90)
+
+class Compiled:
+    """stands for a kernel: a launch is compiled for the GPU, with this launch's types and constants, and not run"""
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        return self.launch
+    def launch(self, *args, num_warps=4, num_stages=3, **named):
+        values = {**dict(zip(self.kernel.arg_names, args)), **named}
+        fixed = {n: v for n, v in values.items() if v is None or n in named or isinstance(v, int) and v == 1}
+        fixed.update({p.name: values[p.name] for p in self.kernel.params if p.is_constexpr})
+        kind = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+        signature = {n: "constexpr" if n in fixed else kind[v.dtype] if torch.is_tensor(v) else "i32" for n, v in values.items()}
+        even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(values) if torch.is_tensor(values[n])}
+        made = triton.compile(ASTSource(self.kernel, signature, fixed, even), target=GPUTarget("cuda", arch, 32),
+                              options=dict(num_warps=num_warps, num_stages=num_stages))
+        assert made.metadata.shared <= 99 * 1024, (self.kernel, signature, fixed, made.metadata.shared)
+        print("compiled", self.kernel.__name__)
+
+for name in ("few_rows", "attend", "teacher_sums", "mtpd_grad", "ce_grad"):
+    setattr(kernels, name, Compiled(getattr(kernels, name)))
+for dtype in (torch.bfloat16, torch.float32):
+    for d, heads in ((384, 6), (256, 2)):
+        gpt = model.GPT(model.GPTConfig(9000, 32, 1, heads, d, 2)).to(dtype)
+        for part in (gpt.blocks[0], gpt.heads[0].block):
+            part.forward = __import__("functools").partial(kernels.block, part, kernels.tile_of(gpt))
+        cache, pos = model.Cache(gpt.config, 1, 20, None, dtype), torch.tensor([[4, 5, 6]])
+        where = kernels.where(gpt, cache, pos)
+        gpt.blocks[0](torch.zeros(1, 3, d, dtype=dtype), where[3], cache.kv[0], where)
+        kernels.head_step(gpt, 1, pos, cache, where)
+        kernels.logits(gpt, 0, torch.zeros(1, 3, d, dtype=dtype))
+for K, n in ((4, 8), (0, 0)):
+    logits = torch.zeros(K + 1, 2, 50304, dtype=torch.bfloat16)
+    kernels.loss_and_grad(logits, torch.zeros(2, dtype=torch.long), torch.ones(K + 1), torch.ones(K), n)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_they_compile_for_a_gpu_that_is_not_there(arch):
+    """the interpreter takes more Python than the compiler does; and a consumer GPU has 99 KB of shared memory"""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(arch)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = set(done.stdout.split("compiled ")[1:])
+    assert {n.strip() for n in names} == {"few_rows", "attend", "teacher_sums", "mtpd_grad", "ce_grad"}
