@@ -66,7 +66,8 @@ def loss_and_grad(logits, targets, alpha, beta, top_n):
     if top_n and R > 1:
         rows = triton.next_power_of_2(R - 1)
         teacher_sums[(C,)](logits, teacher, min(top_n, V), C, V, BLOCK, num_warps=16)
-        mtpd_grad[(C,)](logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, rows, max(2 * BLOCK // rows, 16), num_warps=8)
+        block = BLOCK // 2 if rows <= 4 else max(BLOCK // rows, 16)      # 80 registers a thread or fewer: more of them side by side
+        mtpd_grad[(C,)](logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, rows, block, num_warps=8)
     else:
         ce_grad[(C * R,)](logits, d_logits, targets, alpha, ce, R, C, V, BLOCK // 2, num_warps=4)
     return ce.sum(1), kl.sum(1), d_logits
@@ -168,7 +169,7 @@ if triton is not None:
             s0, m0 = s0 * tl.exp(m0 - m0_new) + tl.sum(tl.exp(q - m0_new), 0), m0_new
             s, m, s_n = s * old + tl.sum(e, 1), m_new, s_n * old + tl.sum(tl.where((q >= border)[None, :], e, 0.0), 1)
         s_n = tl.maximum(s_n, s * 1e-37)
-        lse0, lse, ratio, ratio_q = m0 + tl.log(s0), m + tl.log(s), s / s_n, tl.exp(m0 + tl.log(s0) - lse_q)
+        lse0, lse, ratio = m0 + tl.log(s0), m + tl.log(s), s / s_n
         tl.store(ce + c, lse0 - tl.load(logits + main + target).to(tl.float32))
         tl.store(ce + r * C + c, lse - tl.load(logits + rows + target, mask=there, other=0.0).to(tl.float32), mask=there)
 
@@ -178,12 +179,14 @@ if triton is not None:
             v = start + tl.arange(0, BLOCK)
             q = tl.load(logits + main + v, mask=v < V, other=-3e38).to(tl.float32)
             z = tl.load(logits + rows[:, None] + v[None, :], mask=there[:, None] & (v < V)[None, :], other=-3e38).to(tl.float32)
-            keep, onehot, p0, p = q >= border, tl.where(v == target, 1.0, 0.0), tl.exp(q - lse0), tl.exp(z - lse[:, None])
-            q_n, p_n = tl.where(keep, p0 * ratio_q, 0.0), tl.where(keep[None, :], p * ratio[:, None], 0.0)
+            keep, onehot = q >= border, tl.where(v == target, 1.0, 0.0)
+            q_n = tl.where(keep, tl.exp(q - lse_q), 0.0)
+            tl.store(d_logits + main + v, (a0 * (tl.exp(q - lse0) - onehot)).to(tl.bfloat16), mask=v < V)
+            p = tl.exp(z - lse[:, None])
+            p_n = tl.where(keep[None, :], p * ratio[:, None], 0.0)
             g = a[:, None] * (p - onehot[None, :]) + b[:, None] * (p_n - q_n[None, :])        # alpha (P - onehot) + beta (P~ - Q~)
-            tl.store(d_logits + main + v, (a0 * (p0 - onehot)).to(tl.bfloat16), mask=v < V)
+            x += tl.sum(q_n[None, :] * z, 1)                   # before the store: after it, z and q_n would keep their registers
             tl.store(d_logits + rows[:, None] + v[None, :], g.to(tl.bfloat16), mask=there[:, None] & (v < V)[None, :])
-            x += tl.sum(q_n[None, :] * z, 1)
         tl.store(kl + (r - 1) * C + c, tl.where(b > 0, h_q - x + m + tl.log(s_n), 0.0), mask=there)    # sum Q~ (log Q~ - log P~)
 
 
@@ -217,7 +220,8 @@ def linear(x, weight, norm=None, square_relu=False, residual=None, rows=None, se
     rows, rows2, at = (r if r is None else r.contiguous() for r in (rows, rows2, at))
     out = x.new_empty(*shape, N)
     # as timed on an H100, within the 99 KB of shared memory of a consumer GPU: stages (BN + 16) BK numbers
-    BN, BK, warps, stages = (64, 64, 2, 3) if N > 8192 else (8, 256, 1, 5) if K > 1024 else (32, 128, 2, 3) if N > 1024 else (16, 256, 2, 3)
+    BN, BK, warps, stages = ((64, 64, 2, 3) if N > 8192 else (8, 256, 1, 5) if K > 1024 else (32, 128, 2, 3) if N > 1024
+                             else (16, 128, 2, 5) if second else (16, 256, 2, 3))
     few_rows[(triton.cdiv(N, BN), triton.cdiv(shape.numel(), 16))](
         x.contiguous(), norm, rows, x2, norm2, rows2, weight, residual, out, into, at, shape.numel(), N, shape[-1], *apart, K=K,
         SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=warps,
