@@ -220,7 +220,7 @@ class Decoder:
         return graph.replay
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")                # prompts come in all lengths: not worth compiling for
+    @torch.compiler.set_stance("force_eager")                # prompts come in all lengths: compiled blocks would be compiled for each
     def start(self, prompts, max_new_tokens):
         """prefill: read the prompts (lists of ids, right-padded here), emit each one's first token"""
         model, device = self.model, self.n.device
@@ -346,7 +346,7 @@ def generate(model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top
     prompts  list of lists of token ids, of any lengths; each is continued as if it were alone
     heads    MTP heads that draft: None all, 0 plain decoding;  temperature 0: greedy;  top_k: draw among the k likeliest
     accept   "residual" | "match" | "point": all exact (see above);  generator: same seed, same text
-    compile  "off" | "kernels": run on kernels.py (CUDA; seconds to start);  watch: called with the Decoder after each round
+    compile  "off" | "kernels": run on kernels.py from now on (CUDA; seconds to start);  watch: called with the Decoder after each round
     draft_vocab  guess only among the first so many ids; None: all. The text's law stays what it is
     -> (list of lists of new ids, Stats). Raises ValueError on a bad request.
     """
@@ -485,7 +485,7 @@ def main():
         ("checkpoints", dict(nargs="+", metavar="CKPT", help="of train.py or extend.py; --bench takes several, the first is the baseline")),
         ("--trace", dict(action="store_true", help="a line a round: which head guessed each token, and what was refused")),
         ("--check", dict(action="store_true", help="compare with plain decoding, greedily, token by token")),
-        ("--bench", dict(action="store_true", help="time plain decoding and 1 .. K heads")),
+        ("--bench", dict(action="store_true", help="time plain decoding and 1 .. 4 heads (4, 8, 16, 32 of an extended model)")),
         ("--json", dict(action="store_true", help="print the results as one JSON document on the last line"))])
     cfg = DecodeConfig(**given)
     models = [(path, *load(path, cfg)) for path in rest["checkpoints"]]

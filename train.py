@@ -412,6 +412,7 @@ def table(result, meta):
     return "\n".join(lines + [f"expected from CAR: {result['tokens_per_forward']:.2f} tokens per forward of the main model"])
 
 
+@torch.compiler.set_stance("force_eager")                    # blocks compiled for training would be compiled again, for a few tokens
 def sample(model, val, meta, temperature=0.8):
     """continue the beginning of the validation text by speculative decoding -> text to print"""
     tokenizer = Tokenizer(meta["tokenizer"])

@@ -127,7 +127,7 @@ def compare(models, cfg):
 @torch.no_grad()
 def bench_decoding(model, prompts, cfg, temperature, baseline=None):
     """
-    plain decoding and 1 .. K heads on the same prompts, one after the other for each prompt -> rows (dicts), by heads.
+    plain decoding and 1 .. 4 heads (4, 8, 16, 32 of an extended model) on the same prompts, one after the other for each prompt -> rows (dicts), by heads.
     All but looping counts only the prompts whose plain continuation does not end in a loop:
 
     tokens_per_forward, tokens_per_s   medians over prompts;  speedup  median over prompts of the ratio to plain decoding
