@@ -14,10 +14,11 @@ One round, with t_0 .. t_n known and h^0 verified up to position n-1:
     accept   keep d_1 .. d_a while the rule says so, and emit one more token from row a: a+1 tokens for one forward
     rollback nothing to do: caches are indexed by position, and the next round overwrites what was refused
 
-Row i of head k consumed Emb(t_{i+k}), which for the last k-1 rows was a draft. So every head runs again over the K+1 rows
-that may have changed since they were last right; its guess is the same as without any cache.
+Row i of head k consumed Emb(t_{i+k}), which for the last k-1 rows was a draft; and up to K+1 rows are new since the last round.
+So every head runs again over K+1 rows; its guess is the same as without any cache.
 
-Symbols: B batch, K heads used, V vocabulary, p target law (main head), q draft law (MTP head), d draft, y emitted token.
+Symbols: B batch, K heads used, V vocabulary, d draft, y emitted token; p target law (the main head's probability
+distribution), q draft law (an MTP head's).
 """
 
 import json
@@ -390,7 +391,7 @@ class DecodeConfig:
     prompt: str = knob("\n", "text to continue")
     prompts: str = knob("", "file of prompts for --check and --bench: lines of text, or .jsonl with a text, prompt or question field")
     data: str = knob("", "data-set folder whose validation text gives the prompts; empty: the one the checkpoint was trained on")
-    tokens: int = knob(200, "tokens to emit (--tokens)")
+    tokens: int = knob(200, "tokens to emit")
     count: int = knob(8, "prompts for --check and --bench")
     prompt_tokens: int = knob(64, "length of the prompts that are taken from validation text")
     temperature: float = knob(0.8, "0 is greedy; --check is always greedy, --bench does 0 and 1")

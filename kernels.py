@@ -7,7 +7,8 @@ bf16, and the arithmetic on them is little: the cost is the number of times they
 operations, the TopN and its gathers and scatters cost more the larger N is. Here "among the N largest" is a comparison with
 the N-th largest, whatever N is:
 
-    teacher_sums  a program per target: finds the teacher's N-th largest logit, by false position, and sums from there up
+    teacher_sums  a program (Triton's word for a group of threads) per target: finds the teacher's N-th largest logit by false
+                  position, a search that interpolates, and sums from there up
     mtpd_grad     a program per target: one pass over its K+1 rows for the sums (softmax on the fly), one for the gradient
     ce_grad       the same for one row, when there is no KL
 

@@ -1,5 +1,5 @@
 """
-reproduce.py: the paper in miniature. Trains and measures everything that README.md quotes, and draws its figures.
+reproduce.py: the paper in miniature. Trains and measures most of what README.md quotes, and draws its figures.
 
     python results/reproduce.py --scale tiny                  2 CPU cores, one seed
     python results/reproduce.py --scale gpu --prose TEXT      one CUDA GPU, three seeds, all parts
