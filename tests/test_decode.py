@@ -392,12 +392,13 @@ def test_the_law_stays_when_heads_guess_among_the_first_ids_only(rule, monkeypat
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_greedy_text_stays_when_heads_guess_among_the_first_ids_only(first, monkeypatch):
+def test_heads_guess_among_the_first_ids_only_and_greedy_text_stays(first, monkeypatch):
     model, guesses, real = make_model(6, 24, 3, seed=2), [], decode.Decoder.verify
     monkeypatch.setattr(decode.Decoder, "verify", lambda self, q=None: (real(self, q), guesses.append(self.drafts))[0])
     prompts = [[1, 2, 3], [4]]
     texts, stats = generate(model, prompts, 15, draft_vocab=first)
     assert texts == plain(model, prompts, 15)
+    generate(model, prompts, 15, temperature=1.0, draft_vocab=first, generator=torch.Generator().manual_seed(0))
     assert torch.cat(guesses).max() < first
     assert generate(model, prompts, 15, draft_vocab=6)[1].accepted == generate(model, prompts, 15)[1].accepted
 
