@@ -4,7 +4,8 @@ decode.py: speculative decoding with the model's own MTP heads. The text is exac
     python decode.py out/tiny/ckpt.pt --prompt "def main(" --tokens 100      continue a prompt
     python decode.py out/tiny/ckpt.pt --trace                                colour each token by the head that guessed it
     python decode.py out/tiny/ckpt.pt --check                                compare with plain decoding, token by token
-    python decode.py out/tiny/ckpt.pt out/other/ckpt.pt --bench              speed with 0 .. K heads, checkpoints side by side
+    python decode.py out/tiny/ckpt.pt out/other/ckpt.pt --bench              speed by the number of heads, checkpoints side by side
+    python decode.py out/small/ckpt.pt --compile kernels                     the fast path, on an NVIDIA GPU (kernels.py)
     python decode.py -h                                                      every flag, its default and its meaning
 
 One round, with t_0 .. t_n known and h^0 verified up to position n-1:

@@ -21,8 +21,8 @@ is five launches, with the norms, the angles, the cache and the sums that belong
     few_rows      rows times a matrix, RMSNorm before it, relu^2 or the residual after it
     attend        the new tokens' keys and values into the cache, then attention over it
 
-A row's result does not depend on the rows beside it, not even in the last bit: the check of K drafts rounds as K plain steps
-would, and so in bf16, too, the text is that of plain decoding.
+Up to MANY rows, a row's result does not depend on the rows beside it, not even in the last bit: the check of K drafts rounds
+as K plain steps would, and so in bf16, too, the text is that of plain decoding.
 
 Symbols: R = K+1 rows of logits, C targets of a chunk, V vocabulary; B sequences, T new tokens of each, S cache slots.
 """

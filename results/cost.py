@@ -52,10 +52,10 @@ def decoding(device, dtype):
         for heads, first in ((0, None), (1, None), (4, None), (4, 8192)):
             decoders.append((heads, first, decode.Decoder(model, batch, 512, heads, compile="kernels", draft_vocab=first)))
             decoders[-1][2].start([[1] * 256] * batch, 200)
-        times = bench.milliseconds([functools.partial(ten, d) for *_, d in decoders], device, 40)
-        for (heads, first, _), ms in zip(decoders, [t / 10 for t in times]):
-            rows.append(dict(batch=batch, heads=heads, draft_vocab=first, ms=ms, plain_steps=10 * ms / times[0], rounds_per_s=1000 / ms))
-            print(f"decode 124M batch {batch} heads {heads} draft_vocab {first}: {ms:.3f} ms a round, {10 * ms / times[0]:.2f} plain steps", flush=True)
+        times = [ms / 10 for ms in bench.milliseconds([functools.partial(ten, d) for *_, d in decoders], device, 40)]
+        for (heads, first, _), ms in zip(decoders, times):
+            rows.append(dict(batch=batch, heads=heads, draft_vocab=first, ms=ms, plain_steps=ms / times[0], rounds_per_s=1000 / ms))
+            print(f"decode 124M batch {batch} heads {heads} draft_vocab {first}: {ms:.3f} ms a round, {ms / times[0]:.2f} plain steps", flush=True)
     return rows
 
 
