@@ -52,8 +52,8 @@ def draw(weights, generator=None):
 
 
 def best(logits, in_pieces=None):
-    """the likeliest token, (..., V) -> (...). In two steps on a GPU, which reads a row in parallel if it is cut in pieces"""
-    if not (logits.is_cuda if in_pieces is None else in_pieces) or logits.size(-1) % 128:
+    """the likeliest token, (..., V) -> (...). In two steps on a GPU, which reads a long row in parallel if it is cut in pieces"""
+    if not (logits.is_cuda and logits.size(-1) > 8192 if in_pieces is None else in_pieces) or logits.size(-1) % 128:
         return logits.argmax(-1)
     value, index = logits.unflatten(-1, (-1, 128)).max(-1)
     piece = value.argmax(-1, keepdim=True)
@@ -199,10 +199,11 @@ class Decoder:
         self.row = torch.arange(batch, device=weight.device)[:, None]
         self.back = torch.arange(-heads - 1, 0, device=weight.device)       # offsets of the rows that draft() rebuilds
         self.ahead = torch.arange(heads + 1, device=weight.device)          # .. and of those that verify() reads
+        self.number = [torch.tensor(k, device=weight.device) for k in range(heads + 1)]    # torch.compile makes one function for all k
         if compile == "kernels":                             # the model keeps them. The small operations around them are fused
             kernels.install(model)                           # (but for the draws: torch.compile can't take a Generator)
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096     # every Decoder is another
-            self.guess, self.settle = (torch.compile(f, dynamic=False) for f in (self.guess, self.settle))
+            self.window, self.guess, self.settle = (torch.compile(f, dynamic=False) for f in (self.window, self.guess, self.settle))
         self.step = self.capture(self.round) if weight.is_cuda else self.round
 
     @torch.no_grad()
@@ -247,34 +248,39 @@ class Decoder:
         self.accepted.zero_()
         self.emitted.fill_(1)
 
+    def window(self, offsets, shift):
+        """positions n + offsets, (B, T), and the tokens `shift` places after them"""
+        pos = (self.n[:, None] + offsets).clamp_min(0)
+        return pos, self.buffer[self.row, pos + shift]
+
     def draft(self):
         """heads 1 .. K guess d_1 .. d_K into buffer[n+1 ..] -> their laws q, (B, K, V)"""
         # rows n-K-1 .. n-1. The last round began at n' = n-a-1, and left head k's row i < n' right if it consumed no
         # refused draft: i+k < n. So max(a+1, k) rows are new or wrong. Near the start of a text, row 0 is done repeatedly
         if not self.heads:
             return None
-        pos = (self.n[:, None] + self.back).clamp_min(0)
-        where, at, laws = self.model.where(self.cache, pos), pos + 1, []
-        tokens = self.buffer[self.row, at]                   # head k reads t_{pos+k}
+        pos, tokens = self.window(self.back, 1)              # head k reads t_{pos+k}
+        where, laws = self.model.where(self.cache, pos), []
         for k in range(1, self.heads + 1):
             hidden = self.model.head_step(k, tokens, self.cache, where)
-            q, at, tokens = self.guess(self.model.logits(k, hidden[:, -1], self.draft_vocab), at)
+            q, tokens = self.guess(self.model.logits(k, hidden[:, -1], self.draft_vocab), pos, self.number[k])
             laws.append(q)
         return torch.stack(laws, 1) if self.accept is residual else None
 
-    def guess(self, logits, at):
-        """logits of head k (B, V) -> d_k into the buffer; q, if the rule asks for it (the others want one fixed token); and
+    def guess(self, logits, pos, k):
+        """logits of head k (B, V) -> q, if the rule asks for it (the others want one fixed token); d_k into the buffer; and
         what head k+1 reads"""
-        q, at = None, at + 1
+        q, at = None, pos + k + 1                            # the last of these places is d_k's
         if self.accept is residual:
             q = F.pad(probabilities(logits, self.temperature, self.top_k), (0, self.model.config.vocab_size - logits.size(-1)))
-        self.buffer[self.row[:, 0], at[:, -1]] = best(logits) if q is None else draw(q, self.generator)
-        return q, at, self.buffer[self.row, at]
+        d = best(logits) if q is None else draw(q, self.generator)
+        tokens = torch.where(at == at[:, -1:], d[:, None], self.buffer[self.row, at])
+        self.buffer[self.row[:, 0], at[:, -1]] = d
+        return q, tokens
 
     def verify(self, q=None):
         """one forward of the main model over [t_n, d_1 .. d_K]"""
-        pos = self.n[:, None] + self.ahead                   # n .. n+K
-        tokens = self.buffer[self.row, pos]
+        pos, tokens = self.window(self.ahead, 0)             # n .. n+K
         self.drafts = tokens[:, 1:]                          # kept for --trace
         self.settle(self.model.logits(0, self.model.trunk_step(tokens, self.cache, pos)), pos, tokens, q)
 

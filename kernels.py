@@ -1,5 +1,5 @@
 """
-kernels.py: the loss of distill.py and the decoding steps of decode.py for a CUDA GPU, in five Triton kernels. Optional: without
+kernels.py: the loss of distill.py and the decoding steps of decode.py for a CUDA GPU, in four Triton kernels. Optional: without
 them, only the speed changes. Read those two files first; here is the same once more, and tests/test_kernels.py compares.
 
 The loss (train.py uses it on CUDA, unless --compile off). Logits are large, 5 rows x 2,000 targets x 50,304 words are 1 GB in
@@ -9,8 +9,7 @@ the N-th largest, whatever N is:
 
     teacher_sums  a program (Triton's word for a group of threads) per target: finds the teacher's N-th largest logit by false
                   position, a search that interpolates, and sums from there up
-    mtpd_grad     a program per target: one pass over its K+1 rows for the sums (softmax on the fly), one for the gradient
-    ce_grad       the same for one row, when there is no KL
+    loss_grad     a program per row: one pass for the sums (softmax on the fly), one for CE, KL and their gradient
 
 Where several logits equal the N-th largest, all of them count; distill.py takes any N. A student that gives the teacher's N
 less than e^-85 of its probability counts as giving them that much. Only the paper's loss is here: forward KL, detached teacher.
@@ -64,13 +63,11 @@ def loss_and_grad(logits, targets, alpha, beta, top_n):
     R, C, V = logits.shape
     d_logits = torch.empty_like(logits)
     ce, kl, teacher = (logits.new_zeros(n, C, dtype=torch.float32) for n in (R, R - 1, 3))
-    if top_n and R > 1:
-        rows = triton.next_power_of_2(R - 1)
+    with_kl = bool(top_n) and R > 1
+    if with_kl:
         teacher_sums[(C,)](logits, teacher, min(top_n, V), C, V, BLOCK, num_warps=16)
-        block = BLOCK // 2 if rows <= 4 else max(BLOCK // rows, 16)      # 80 registers a thread or fewer: more of them side by side
-        mtpd_grad[(C,)](logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, rows, block, num_warps=8)
-    else:
-        ce_grad[(C * R,)](logits, d_logits, targets, alpha, ce, R, C, V, BLOCK // 2, num_warps=4)
+    block, warps = (BLOCK, 16) if with_kl else (2 * BLOCK, 32)               # a thread takes 8 logits, in 32 registers
+    loss_grad[(C * R,)](logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, with_kl, block, num_warps=warps)
     return ce.sum(1), kl.sum(1), d_logits
 
 
@@ -132,63 +129,58 @@ if triton is not None:
         tl.store(out + 2 * C + c, tl.sum(mean, 0) / s - tl.log(s))
 
     @triton.jit
-    def ce_grad(logits, d_logits, targets, alpha, ce, R, C, V, BLOCK: tl.constexpr):
-        """one row of logits, of row r for target c: CE and its gradient, alpha (P - onehot)"""
-        r, c = tl.program_id(0) % R, tl.program_id(0) // R
-        row = (r.to(tl.int64) * C + c) * V
-        a, target = tl.load(alpha + r), tl.load(targets + c)
-        m, s = -float("inf"), 0.0                              # the largest logit so far, and sum exp(z - m)
-        for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row + v, mask=v < V, other=-3e38).to(tl.float32)
-            m_new = tl.maximum(m, tl.max(z, 0))
-            s, m = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), 0), m_new
-        lse = m + tl.log(s)
-        tl.store(ce + r * C + c, lse - tl.load(logits + row + target).to(tl.float32))
-        for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row + v, mask=v < V, other=-3e38).to(tl.float32)
-            tl.store(d_logits + row + v, (a * (tl.exp(z - lse) - tl.where(v == target, 1.0, 0.0))).to(tl.bfloat16), mask=v < V)
+    def exp_of_difference(z, y):
+        """exp(z - y): a multiply-add and a power of two"""
+        return tl.exp2(z * 1.4426950408889634 - y * 1.4426950408889634)
 
     @triton.jit
-    def mtpd_grad(logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        """one target: the teacher's row, read once for its R-1 <= ROWS students; CE and KL, and their gradients"""
-        c, r = tl.program_id(0), 1 + tl.arange(0, ROWS)
-        there, main, rows = r < R, c.to(tl.int64) * V, (r.to(tl.int64) * C + c) * V
-        a0, a, b = tl.load(alpha), tl.load(alpha + r, mask=there, other=0.0), tl.load(beta + r - 1, mask=there, other=0.0)
-        border, lse_q, h_q, target = tl.load(teacher + c), tl.load(teacher + C + c), tl.load(teacher + 2 * C + c), tl.load(targets + c)
+    def loss_grad(logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, KL: tl.constexpr, BLOCK: tl.constexpr):
+        """the logits of row r for target c: CE, and its gradient alpha (P - onehot); with the KL to row 0, and beta (P~ - Q~)"""
+        r, c = tl.program_id(0) % R, tl.program_id(0) // R     # rows of one target run side by side, and read row 0 from a cache
+        row, main = logits + (r.to(tl.int64) * C + c) * V, logits + c.to(tl.int64) * V
+        a, b, target = tl.load(alpha + r), tl.load(beta + r - 1, mask=r > 0, other=0.0), tl.load(targets + c)
+        if KL:
+            border, lse_q, h_q = tl.load(teacher + c), tl.load(teacher + C + c), tl.load(teacher + 2 * C + c)
 
-        # first pass. m, s as above (m0, s0 the teacher's); s_n: sum exp(z - m) over the teacher's N, for P~
-        m0, s0 = -float("inf"), 0.0
-        m, s, s_n = tl.full((ROWS,), -3e38, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+        # first pass. m the largest logit so far, s sum exp(z - m), s_n the same over the teacher's N. A thread takes 8
+        # neighbours and keeps an m and sums of its own: threads that wait for one another at every step are slow
+        lane = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        m, s = tl.full((BLOCK // 8,), -1e38, tl.float32), tl.zeros((BLOCK // 8,), tl.float32)
+        s_n, x = s, s
         for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            q = tl.load(logits + main + v, mask=v < V, other=-3e38).to(tl.float32)
-            z = tl.load(logits + rows[:, None] + v[None, :], mask=there[:, None] & (v < V)[None, :], other=-3e38).to(tl.float32)
-            m0_new, m_new = tl.maximum(m0, tl.max(q, 0)), tl.maximum(m, tl.max(z, 1))
-            e, old = tl.exp(z - m_new[:, None]), tl.exp(m - m_new)
-            s0, m0 = s0 * tl.exp(m0 - m0_new) + tl.sum(tl.exp(q - m0_new), 0), m0_new
-            s, m, s_n = s * old + tl.sum(e, 1), m_new, s_n * old + tl.sum(tl.where((q >= border)[None, :], e, 0.0), 1)
-        s_n = tl.maximum(s_n, s * 1e-37)
-        lse0, lse, ratio = m0 + tl.log(s0), m + tl.log(s), s / s_n
-        tl.store(ce + c, lse0 - tl.load(logits + main + target).to(tl.float32))
-        tl.store(ce + r * C + c, lse - tl.load(logits + rows + target, mask=there, other=0.0).to(tl.float32), mask=there)
+            v = start + lane
+            z = tl.load(row + v, mask=v < V, other=-1e38).to(tl.float32)
+            m_new = tl.maximum(m, tl.max(z, 1))
+            e, old = exp_of_difference(z, m_new[:, None]), tl.exp(m - m_new)
+            s, m = s * old + tl.sum(e, 1), m_new
+            if KL:
+                keep = tl.load(main + v, mask=v < V, other=-1e38).to(tl.float32) >= border
+                s_n = s_n * old + tl.sum(tl.where(keep, e, 0.0), 1)
+        top = tl.max(m, 0)
+        old = tl.exp(m - top)
+        total = tl.sum(s * old, 0)
+        lse, inside = top + tl.log(total), a
+        if KL:                                                 # P~ is a multiple of P inside, and 0 outside
+            total_n = tl.maximum(tl.sum(s_n * old, 0), total * 1e-37)
+            inside = a + b * total / total_n
+        tl.store(ce + r * C + c, lse - tl.load(row + target).to(tl.float32))
 
-        # second pass: the gradients, and x = sum Q~ z
-        x = tl.zeros((ROWS,), tl.float32)
+        # second pass: the gradient, and x = sum Q~ z
         for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            q = tl.load(logits + main + v, mask=v < V, other=-3e38).to(tl.float32)
-            z = tl.load(logits + rows[:, None] + v[None, :], mask=there[:, None] & (v < V)[None, :], other=-3e38).to(tl.float32)
-            keep, onehot = q >= border, tl.where(v == target, 1.0, 0.0)
-            q_n = tl.where(keep, tl.exp(q - lse_q), 0.0)
-            tl.store(d_logits + main + v, (a0 * (tl.exp(q - lse0) - onehot)).to(tl.bfloat16), mask=v < V)
-            p = tl.exp(z - lse[:, None])
-            p_n = tl.where(keep[None, :], p * ratio[:, None], 0.0)
-            g = a[:, None] * (p - onehot[None, :]) + b[:, None] * (p_n - q_n[None, :])        # alpha (P - onehot) + beta (P~ - Q~)
-            x += tl.sum(q_n[None, :] * z, 1)                   # before the store: after it, z and q_n would keep their registers
-            tl.store(d_logits + rows[:, None] + v[None, :], g.to(tl.bfloat16), mask=there[:, None] & (v < V)[None, :])
-        tl.store(kl + (r - 1) * C + c, tl.where(b > 0, h_q - x + m + tl.log(s_n), 0.0), mask=there)    # sum Q~ (log Q~ - log P~)
+            v = start + lane
+            z = tl.load(row + v, mask=v < V, other=-1e38).to(tl.float32)
+            g = tl.where(v == target, -a, 0.0)
+            if KL:
+                q = tl.load(main + v, mask=v < V, other=-1e38).to(tl.float32)
+                q_n = tl.where(q >= border, exp_of_difference(q, lse_q), 0.0)
+                x += tl.sum(q_n * z, 1)
+                g += exp_of_difference(z, lse) * tl.where(q >= border, inside, a) - b * q_n
+            else:
+                g += exp_of_difference(z, lse) * a
+            tl.store(d_logits + (r.to(tl.int64) * C + c) * V + v, g.to(tl.bfloat16), mask=v < V)
+        if KL:
+            kl_c = h_q - tl.sum(x, 0) + top + tl.log(total_n)                 # sum Q~ (log Q~ - log P~)
+            tl.store(kl + (r - 1) * C + c, tl.where(b > 0, kl_c, 0.0), mask=r > 0)
 
 
 # -----------------------------------------------------------------------------
@@ -220,14 +212,18 @@ def linear(x, weight, norm=None, square_relu=False, residual=None, rows=None, se
     apart = [0 if r is None or t.dim() == 2 else t.size(1) for t, r in ((x, rows), (x2, rows2), (into, at))]    # S of each
     rows, rows2, at = (r if r is None else r.contiguous() for r in (rows, rows2, at))
     out = x.new_empty(*shape, N)
-    # as timed on an H100, within the 99 KB of shared memory of a consumer GPU: stages (BN + 16) BK numbers
-    BN, BK, warps, stages = ((64, 64, 2, 3) if N > 8192 else (8, 256, 1, 5) if K > 1024 else (32, 128, 2, 3) if N > 1024
-                             else (16, 128, 2, 5) if second else (16, 256, 2, 3))
+    BN, BK, warps, stages = tiles(N, K, second is not None)
     few_rows[(triton.cdiv(N, BN), triton.cdiv(shape.numel(), 16))](
         x.contiguous(), norm, rows, x2, norm2, rows2, weight, residual, out, into, at, shape.numel(), N, shape[-1], *apart, K=K,
         SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=warps,
         num_stages=stages if x.element_size() == 2 else 3, **early())
     return out
+
+
+def tiles(N, K, two):
+    """columns and depth of a program's tile, warps and stages, as timed on an H100. Within the 99 KB of shared memory of a
+    consumer GPU: stages (BN + 16) BK numbers, or twice as many with `second`"""
+    return (64, 64, 2, 3) if N > 8192 else (8, 512, 2, 3) if K > 1024 else (32, 128, 2, 3) if N > 1024 else (8, 128, 2, 3 if two else 5)
 
 
 def linear_input(x, norm, rows):
@@ -262,6 +258,17 @@ def block(self, tile, x, rope, cache=None, where=None, copy=None):
     qkv = linear(x, self.attn.qkv.weight, norm=self.norm1.weight)
     x = linear(attention(qkv, rope, cache, where[1], self.attn.n_head, tile), self.attn.proj.weight, residual=x)
     return linear(linear(x, self.fc.weight, norm=self.norm2.weight, square_relu=True), self.proj.weight, residual=x, copy=copy)
+
+
+def trunk_step(self, tokens, cache, pos):
+    """GPT.trunk_step; the last block writes h^0 into its cache"""
+    where = pos if isinstance(pos, tuple) else self.where(cache, pos)
+    if where[2] is not None:
+        return type(self).trunk_step(self, tokens, cache, where)
+    x, last = self.embed(tokens), len(self.blocks) - 1
+    for i, part in enumerate(self.blocks):
+        x = part(x, where[3], cache.kv[i], where, copy=(cache.hidden[0], where[1]) if cache.hidden and i == last else None)
+    return x
 
 
 def head_step(self, k, tokens, cache, pos):
@@ -301,7 +308,7 @@ def install(model):
                          f"and {hd}: decode without (--compile off)")
     for part in [*model.blocks, *(head.block for head in model.heads)]:
         part.forward = functools.partial(block, part, tile_of(model))
-    for function in (where, logits, head_step):
+    for function in (where, logits, trunk_step, head_step):
         setattr(model, function.__name__, functools.partial(function, model))
 
 
@@ -317,21 +324,15 @@ if triton is not None:
         return place
 
     @triton.jit
-    def product(x, norm, source, weight, n, m, M, N, stride, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-        """rows of x, normed, times BN columns of weight.T, (16, BN)"""
-        y, square = tl.zeros((16, BN), tl.float32), tl.zeros((16, BK), tl.float32)
-        for start in range(0, K, BK):
-            k = start + tl.arange(0, BK)
-            w = tl.load(weight + n[None, :].to(tl.int64) * stride + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
-            a = tl.load(x + source[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-            if norm is not None:
-                wide = a.to(tl.float32)
-                square += wide * wide
-                a = (wide * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, :]).to(a.dtype)
-            y = tl.dot(a, w, y, input_precision="ieee")
-        if norm is not None:                                   # the root mean square belongs to the row: divide at the end
-            y *= tl.rsqrt(tl.sum(square, 1) / K + 1e-5)[:, None]
-        return y
+    def add_product(y, square, x, norm, source, weight, n, m, k, M, N, stride, K: tl.constexpr):
+        """y (16, BN) and the sums of squares, BK columns further on"""
+        w = tl.load(weight + n[None, :].to(tl.int64) * stride + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+        a = tl.load(x + source[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        if norm is not None:
+            wide = a.to(tl.float32)
+            square += wide * wide
+            a = (wide * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)[None, :]).to(a.dtype)
+        return tl.dot(a, w, y, input_precision="ieee"), square
 
     @triton.jit
     def few_rows(x, norm, rows, x2, norm2, rows2, weight, residual, out, copy, at, M, N, T, S, S2, S3, K: tl.constexpr,
@@ -341,11 +342,23 @@ if triton is not None:
             tl.extra.cuda.gdc_wait()
         n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * 16 + tl.arange(0, 16)
         there = (m < M)[:, None] & (n < N)[None, :]
+        y, square = tl.zeros((16, BN), tl.float32), tl.zeros((16, BK), tl.float32)
+        y2, square2, source = y, square, place_of(rows, m, M, T, S)
         if x2 is None:
-            y = product(x, norm, place_of(rows, m, M, T, S), weight, n, m, M, N, K, K, BN, BK)
-        else:
-            y = product(x, norm, place_of(rows, m, M, T, S), weight, n, m, M, N, 2 * K, K, BN, BK)
-            y += product(x2, norm2, place_of(rows2, m, M, T, S2), weight + K, n, m, M, N, 2 * K, K, BN, BK)
+            for start in range(0, K, BK):
+                y, square = add_product(y, square, x, norm, source, weight, n, m, start + tl.arange(0, BK), M, N, K, K)
+        else:                                                  # both in one loop: their weights travel at the same time
+            source2 = place_of(rows2, m, M, T, S2)
+            for start in range(0, K, BK):
+                k = start + tl.arange(0, BK)
+                y, square = add_product(y, square, x, norm, source, weight, n, m, k, M, N, 2 * K, K)
+                y2, square2 = add_product(y2, square2, x2, norm2, source2, weight + K, n, m, k, M, N, 2 * K, K)
+        if norm is not None:                                   # the root mean square belongs to the row: divide at the end
+            y *= tl.rsqrt(tl.sum(square, 1) / K + 1e-5)[:, None]
+        if x2 is not None:
+            if norm2 is not None:
+                y2 *= tl.rsqrt(tl.sum(square2, 1) / K + 1e-5)[:, None]
+            y += y2
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         if SQUARE_RELU:

@@ -10,6 +10,7 @@ results/cost.py does. All times are medians of the wall clock, so run it with th
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -36,7 +37,6 @@ def median(values):
     return statistics.median(values) if values else 0.0
 
 
-@torch.no_grad()
 def milliseconds(functions, device, repeats=20):
     """median time of one call of each function, called in turns: what slows the machine for a while slows all of them"""
     times = [[] for _ in functions]
@@ -240,39 +240,51 @@ def print_decoding(name, rows):
 BENCH = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]       # K, beta, N
 
 
-def time_steps(model, cfg, device, dtype, steps=20):
-    """median time and peak memory of a training step of `model` on random tokens -> dict"""
-    B, V = cfg.micro_batch or cfg.batch_size, model.config.vocab_size
-    tokens = torch.randint(V, (steps + 5, B, cfg.block_size + 1), device=device)
-    optimizer, times = train.make_optimizer(model, cfg), []
-    if device.type == "cuda" and cfg.compile != "off":
+def time_steps(models, device, dtype, steps=20):
+    """[(model, cfg), ..] -> a dict each: median time of a training step on random tokens, in turns, and the peak memory of the
+    model's own. One model may stand there with several cfg"""
+    turn, cuda = [], device.type == "cuda"
+    many, before, optimizers, rows = 4 if cuda else 1, {}, {}, []            # on a GPU the host only waits for every fourth step
+    if cuda:
         torch._dynamo.reset()
-        with train.autocast(device, dtype):
-            train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens[0], cfg)
-    for step in range(steps + 5):
-        if step == 5 and device.type == "cuda":
+    for model, cfg in models:
+        B = cfg.micro_batch or cfg.batch_size
+        tokens = torch.randint(model.config.vocab_size, (B, cfg.block_size + 1), device=device)
+        if model not in before:
+            before[model] = torch.cuda.memory_allocated() if cuda else 0
+            optimizers[model] = train.make_optimizer(model.to(device), cfg)
+            if cuda and cfg.compile != "off":
+                with train.autocast(device, dtype):
+                    train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens, cfg)
+
+        def one(model=model, cfg=cfg, tokens=tokens):
+            with train.autocast(device, dtype):
+                train.micro_step(model, model, cfg, tokens, 1.0, 1.0)
+            if cfg.clip:
+                train.clip_gradients(model, cfg)
+            optimizers[model].step()
+            optimizers[model].zero_grad(set_to_none=True)
+
+        for _ in range(5):
+            one()
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        begin = now(device)
-        with train.autocast(device, dtype):
-            train.micro_step(model, model, cfg, tokens[step], 1.0, 1.0)
-        if cfg.clip:
-            train.clip_gradients(model, cfg)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(now(device) - begin)
-    ms = 1000 * median(times[5:])
-    return dict(ms=ms, tokens_per_s=1000 * B * cfg.block_size / ms,
-                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None)
+            one()
+        rows.append(dict(tokens=B * cfg.block_size, peak_gib=(torch.cuda.max_memory_allocated() - before[model]) / 2**30 if cuda else None))
+        turn.append(lambda one=one: [one() for _ in range(many)])
+    times = milliseconds(turn, device, -(-steps // many))
+    return [dict(ms=t / many, tokens_per_s=1000 * many * r["tokens"] / t, peak_gib=r["peak_gib"]) for t, r in zip(times, rows)]
 
 
 def bench_training(cfg, device, dtype, steps=20, combos=BENCH, vocab=50304):
-    """time_steps for several K, without and with the KL -> rows, printed as they come"""
+    """time_steps for several K, without and with the KL -> rows, printed as they come; what has the same K is timed in turns"""
     rows = []
-    for K, beta, top_n in combos:
+    for K, group in itertools.groupby(combos, lambda combo: combo[0]):
         torch.manual_seed(0)
-        c = dataclasses.replace(cfg, n_mtp=K, beta=str(beta), top_n=top_n, alpha="0.3")
-        model = GPT(GPTConfig(vocab, c.block_size, c.n_layer, c.n_head, c.n_embd, K)).to(device)
-        rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, **time_steps(model, c, device, dtype, steps)))
-        print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {rows[-1]['ms']:8.2f} ms a step, {rows[-1]['tokens_per_s']:9.0f} tokens/s"
-              + (f", peak {rows[-1]['peak_gib']:.2f} GiB" if device.type == "cuda" else ""), flush=True)
+        model, group = GPT(GPTConfig(vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, K)), list(group)
+        configs = [dataclasses.replace(cfg, n_mtp=K, beta=str(beta), top_n=top_n, alpha="0.3") for _, beta, top_n in group]
+        for (_, beta, top_n), row in zip(group, time_steps([(model, c) for c in configs], device, dtype, steps)):
+            rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, **row))
+            print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {row['ms']:8.2f} ms a step, {row['tokens_per_s']:9.0f} tokens/s"
+                  + (f", peak {row['peak_gib']:.2f} GiB" if device.type == "cuda" else ""), flush=True)
     return rows

@@ -22,17 +22,14 @@ from results import bench  # noqa: E402
 
 
 def extension(cfg, device, dtype):
-    """a joint training step with K = 8 against a step of the extension 4 -> 8, same batch -> two rows"""
-    rows = []
-    for name in ("joint training, K = 8", "extension 4 -> 8"):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, 8)).to(device)
-        c = dataclasses.replace(cfg, n_mtp=8, beta="0.5", top_n=512)
-        if name.startswith("ext"):
-            extend.freeze_all_but(model, range(4, 8))
-            c = dataclasses.replace(c, alpha="0,0,0,0,.3,.3,.3,.3", beta="0,0,0,0,.5,.5,.5,.5")
-        rows.append(dict(name=name, **bench.time_steps(model, c, device, dtype)))
-    return rows
+    """a joint training step with K = 8 against a step of the extension 4 -> 8, same batch, in turns -> two rows"""
+    torch.manual_seed(0)
+    joint, extended = (GPT(GPTConfig(50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, 8)) for _ in range(2))
+    extend.freeze_all_but(extended, range(4, 8))
+    c = dataclasses.replace(cfg, n_mtp=8, beta="0.5", top_n=512)
+    new = dataclasses.replace(c, alpha="0,0,0,0,.3,.3,.3,.3", beta="0,0,0,0,.5,.5,.5,.5")
+    rows = bench.time_steps([(joint, c), (extended, new)], device, dtype)
+    return [dict(name=name, **row) for name, row in zip(("joint training, K = 8", "extension 4 -> 8"), rows)]
 
 
 def ten(decoder):
@@ -42,6 +39,7 @@ def ten(decoder):
         decoder.step()
 
 
+@torch.no_grad()
 def decoding(device, dtype):
     """a plain step and whole rounds, at 124M parameters and 300 tokens of context, in turns -> rows"""
     torch.manual_seed(0)
@@ -63,10 +61,10 @@ def d512(base, windows):
     return dataclasses.replace(base, n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=windows, micro_batch=windows, compile="blocks")
 
 
-KL = [(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]                # K, beta, N; measured twice, one after the other
+KL = [(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]                # K, beta, N
 HEADS = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512)]
 PARTS = {
-    "kl": lambda base, *on: {"kl, 8 layers d=512 T=512, 32 windows": bench.bench_training(d512(base, 32), *on, combos=KL + KL)},
+    "kl": lambda base, *on: {"kl, 8 layers d=512 T=512, 32 windows": bench.bench_training(d512(base, 32), *on, steps=80, combos=KL)},
     "extension": lambda base, *on: {"extension, 8 layers d=512 T=512, 16 windows": extension(d512(base, 16), *on)},
     "heads": lambda base, *on: {"heads, 124M T=1024, 12 windows": bench.bench_training(dataclasses.replace(base, compile="blocks"), *on, combos=HEADS)},
     "plain": lambda base, *on: {"plain GPT, 124M T=1024, 12 windows, whole model compiled": bench.bench_training(

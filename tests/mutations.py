@@ -111,12 +111,15 @@ MUTATIONS = [
 
     # ---- decode.py: the loop
     ("rows that were built from refused drafts are not rebuilt", "decode.py",
-     "(self.n[:, None] + self.back)", "(self.n[:, None] + self.back[-1:])",
+     "self.window(self.back, 1)", "self.window(self.back[-1:], 1)",
      ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[2]"]),
     ("after full acceptance head 1 lacks the keys and values of the last round's first row", "decode.py",
-     "(self.n[:, None] + self.back)", "(self.n[:, None] + self.back[-self.heads :])",
+     "self.window(self.back, 1)", "self.window(self.back[-self.heads :], 1)",
      ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[1]",
       "test_decode.py::test_the_law_a_draft_is_drawn_from_is_that_of_its_head"]),
+    ("head k+1 reads what stood in the buffer before, not head k's guess", "decode.py",
+     "torch.where(at == at[:, -1:], d[:, None], self.buffer[self.row, at])", "self.buffer[self.row, at]",
+     ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[2]"]),
     ("the text goes on after a stop token inside an accepted block", "decode.py",
      "count = torch.minimum(count, first)", "count = count",
      ["test_decode.py::test_what_is_cut_from_an_accepted_block_is_neither_text_nor_count"]),

@@ -238,7 +238,7 @@ class Compiled:
         assert made.metadata.shared <= 99 * 1024, (self.kernel, signature, fixed, made.metadata.shared)
         print("compiled", self.kernel.__name__)
 
-for name in ("few_rows", "attend", "teacher_sums", "mtpd_grad", "ce_grad"):
+for name in ("few_rows", "attend", "teacher_sums", "loss_grad"):
     setattr(kernels, name, Compiled(getattr(kernels, name)))
 for dtype in (torch.bfloat16, torch.float32):
     for d, heads in ((384, 6), (256, 2)):
@@ -264,4 +264,4 @@ def test_they_compile_for_a_gpu_that_is_not_there(arch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(arch)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(done.stdout.split("compiled ")[1:])
-    assert {n.strip() for n in names} == {"few_rows", "attend", "teacher_sums", "mtpd_grad", "ce_grad"}
+    assert {n.strip() for n in names} == {"few_rows", "attend", "teacher_sums", "loss_grad"}
