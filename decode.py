@@ -23,7 +23,6 @@ distribution), q draft law (an MTP head's).
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from common import knob, load_checkpoint, parse, pick_device, pick_dtype, run
+from common import knob, load_checkpoint, parse, pick_device, pick_dtype, run, stream, trace
 from data.prepare import Tokenizer
 from model import Cache
 
@@ -320,28 +319,22 @@ class Decoder:
 
 
 def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, accept, draft_vocab=None, compile="off"):
-    V, K = model.config.vocab_size, model.config.n_mtp
-    if not prompts or not all(len(p) for p in prompts):
-        raise ValueError("a prompt is empty; give at least one token for each")
-    if max(len(p) for p in prompts) >= model.config.block_size:
-        raise ValueError(f"a prompt has {max(len(p) for p in prompts)} tokens; the context takes {model.config.block_size}, "
-                         "one of them for a new token: give a shorter one")
-    bad = next((t for p in prompts for t in p if not 0 <= t < V), None)
-    if bad is not None:
-        raise ValueError(f"a prompt holds id {bad}; this model's vocabulary is 0 .. {V - 1}: was it made with another tokenizer?")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not 0 <= heads <= K:
-        raise ValueError(f"heads is {heads}; this model has {K} MTP heads, so give 0 (plain decoding) to {K}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    if top_k is not None and not 1 <= top_k <= V:
-        raise ValueError(f"top_k is {top_k}; it must be from 1 to {V} (the vocabulary)")
-    if draft_vocab is not None and not 1 <= draft_vocab <= V:
-        raise ValueError(f"draft_vocab is {draft_vocab}; it must be from 1 to {V} (the vocabulary)")
-    for name, value, known in (("accept rule", accept, RULES), ("compile", compile, COMPILE)):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    """raises ValueError for what generate() can't do"""
+    V, K, T, longest = model.config.vocab_size, model.config.n_mtp, model.config.block_size, max(map(len, prompts), default=0)
+    stray = next((t for p in prompts for t in p if not 0 <= t < V), None)
+    for wrong, message in (
+            (not prompts or not all(map(len, prompts)), "a prompt is empty; give at least one token for each"),
+            (longest >= T, f"a prompt has {longest} tokens; the context takes {T}, one of them for a new token: give a shorter one"),
+            (stray is not None, f"a prompt holds id {stray}; this model's vocabulary is 0 .. {V - 1}: was it made with another tokenizer?"),
+            (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1"),
+            (not 0 <= heads <= K, f"heads is {heads}; this model has {K} MTP heads, so give 0 (plain decoding) to {K}"),
+            (not temperature >= 0, f"temperature is {temperature}; it must be 0 (greedy) or more"),
+            (top_k is not None and not 1 <= top_k <= V, f"top_k is {top_k}; it must be from 1 to {V} (the vocabulary)"),
+            (draft_vocab is not None and not 1 <= draft_vocab <= V, f"draft_vocab is {draft_vocab}; it must be from 1 to {V} (the vocabulary)"),
+            (accept not in RULES, f"unknown accept rule {accept!r}; choose one of {', '.join(RULES)}"),
+            (compile not in COMPILE, f"unknown compile {compile!r}; choose one of {', '.join(COMPILE)}")):
+        if wrong:
+            raise ValueError(message)
 
 
 @torch.no_grad()
@@ -390,7 +383,7 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
 
 
 # -----------------------------------------------------------------------------
-# the command line: text as it comes, or --trace. For --check and --bench see results/bench.py
+# the command line. For --check and --bench see results/bench.py, for --trace common.py
 
 
 @dataclass
@@ -418,57 +411,6 @@ def load(path, cfg):
     device = pick_device(cfg.device)
     model, meta = load_checkpoint(path, device)
     return model.to(pick_dtype(cfg.dtype, device)[0]), Tokenizer(meta["tokenizer"]), meta
-
-
-def stream(tokenizer, prompt):
-    """print the prompt -> a `watch` for generate() that prints the text as it comes"""
-    shown = ""
-    print(tokenizer.decode(prompt), end="", flush=True)
-
-    def watch(decoder):
-        nonlocal shown
-        ids = decoder.buffer[0, len(prompt) : int(decoder.n[0]) + 1].tolist()
-        text = tokenizer.decode(ids).rstrip("\ufffd")                   # half a character waits for its other half
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    return watch
-
-
-HEAD_COLOURS = [32, 36, 34, 35, 33, 92, 96, 94, 95]                     # the terminal's codes for heads 1 .. 8, and for 9 and on
-
-
-def trace(tokenizer, prompt, n_mtp):
-    """print a legend -> a `watch` for generate() that prints a line a round: the new tokens, each with who said it, and then
-    the drafts that were refused"""
-    codes = {"main": 0, "refused": "9;31", **{k: HEAD_COLOURS[min(k, 9) - 1] for k in range(1, n_mtp + 1)}}
-    coloured, known = sys.stdout.isatty(), len(prompt) - 1              # known: the position n that the last round left
-
-    def paint(text, who):
-        return f"\033[{codes[who]}m{text}\033[0m" if coloured else text
-
-    def quote(token):
-        return repr(tokenizer.decode([token]))[1:-1]
-
-    def word(token, who):
-        return paint(quote(token), who) if coloured else f"{quote(token)}|{who}"
-
-    def watch(decoder):
-        nonlocal known
-        before, known = known, int(decoder.n[0])
-        new = decoder.buffer[0, before + 1 : known + 1].tolist()
-        if before < len(prompt):
-            print(paint(quote(new[0]), "main"), "  <- prefill (main head)")
-            return
-        drafts = decoder.drafts[0].tolist()
-        a = int(leading(torch.tensor([[token == draft for token, draft in zip(new, drafts)]])))
-        words = [word(token, i + 1 if i < a else "main") for i, token in enumerate(new)]
-        if a < len(new):                                                # else max_new_tokens cut the drafts, none was refused
-            words += [word(draft, "refused") for draft in drafts[a:]]
-        print("  ".join(words))
-
-    legend = [paint("main head", "main"), *(paint(f"head {k}", k) for k in range(1, n_mtp + 1)), paint("refused", "refused")]
-    print("a line a round: " + "  ".join(legend))
-    return watch
 
 
 def speak(model, tokenizer, cfg, traced):

@@ -15,7 +15,6 @@ Ends with a table (per head: loss, acceptance) and a sample drawn by speculative
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -31,8 +30,8 @@ from tqdm import tqdm
 
 import decode
 import distill
-from common import autocast, git_commit, knob, load_checkpoint, parse, pick_device, pick_dtype, processes, run, save_checkpoint
-from data.prepare import DEFAULT_TOKENIZER, PATH_TOKENIZER, Tokenizer, load_dataset, prepare
+from common import Log, autocast, knob, load_checkpoint, parse, pick_device, pick_dtype, processes, run, save_checkpoint
+from data.prepare import Tokenizer, find_dataset, load_dataset
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -166,27 +165,9 @@ def compile_model(model, mode, tokens, cfg):
 # data
 
 
-def data_folder(cfg):
-    """where the prepared data set of --data is, or will be: a folder of one's own text is named after its files as they
-    are now, so that a changed text is prepared anew"""
-    path = Path(cfg.data)
-    if (path / "meta.json").exists() or (path / "train.bin").exists():
-        return path
-    name = cfg.data
-    if path.exists() and cfg.data not in DEFAULT_TOKENIZER:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        stamps = "".join(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
-        name = f"{path.name.split('.')[0]}-{hashlib.sha256(stamps.encode()).hexdigest()[:8]}"
-    tokenizer = cfg.tokenizer or DEFAULT_TOKENIZER.get(cfg.data, PATH_TOKENIZER)
-    return Path(__file__).parent / "data" / f"{name}-{tokenizer}".replace(":", "")
-
-
 def open_data(cfg):
     """the data set of --data, prepared first if need be -> (train ids, val ids, meta)"""
-    folder = data_folder(cfg)
-    if folder != Path(cfg.data) and not (folder / "meta.json").exists():
-        prepare(cfg.data, cfg.tokenizer or None, folder)
-    train, val, meta = load_dataset(folder)
+    train, val, meta = load_dataset(find_dataset(cfg.data, cfg.tokenizer))
     for name, ids in (("training", train), ("validation", val)):
         if len(ids) < cfg.block_size + 1:
             raise ValueError(f"the {name} text has {len(ids)} tokens; a window takes {cfg.block_size + 1} (block_size + 1): "
@@ -379,22 +360,6 @@ def fit(model, cfg, train, val, meta, start=0, state=None, extra=None, append=Fa
 def diverged(cfg, what, value, step):
     return (f"the {what} became {value} at step {step} (learning rate {lr_at(cfg, step):.2e}); {cfg.out}/ckpt.pt, if there, is the last "
             "good state. Try a lower --lr, a longer --warmup, --clip 1, or --dtype float32")
-
-
-class Log:
-    """log.jsonl: a header line that says what ran, then a row each time; rank 0 only"""
-
-    def __init__(self, cfg, meta, model, start, append):
-        path = Path(cfg.out) / "log.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a" if start or append else "w", encoding="utf-8")
-        device = torch.cuda.get_device_name() if model.weight.is_cuda else f"{model.weight.device.type}, {torch.get_num_threads()} threads"
-        self.write(config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config), parameters=model.count_parameters(),
-                   start=start, commit=git_commit(), torch=torch.__version__, device=device, data_sha256=meta["sha256"])
-
-    def write(self, **row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
 
 
 # -----------------------------------------------------------------------------

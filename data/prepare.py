@@ -326,6 +326,20 @@ def print_summary(meta, out):
     print(f"  sha256 {meta['sha256']}, Python {meta['python']}")
 
 
+def find_dataset(data, tokenizer=""):
+    """the folder of a data set, given as that folder, a source or the path of a text; prepared here and now if it isn't there.
+    The folder of one's own text is named after its files as they are now, so that a changed text is prepared anew."""
+    path, name = Path(data), data
+    if (path / "meta.json").exists() or (path / "train.bin").exists():
+        return path
+    if path.exists() and data not in DEFAULT_TOKENIZER:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        stamps = "".join(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
+        name = f"{path.name.split('.')[0]}-{hashlib.sha256(stamps.encode()).hexdigest()[:8]}"
+    folder = HERE / f"{name}-{tokenizer or DEFAULT_TOKENIZER.get(data, PATH_TOKENIZER)}".replace(":", "")
+    return folder if (folder / "meta.json").exists() else prepare(data, tokenizer or None, folder)
+
+
 def load_dataset(folder):
     """(train, val, meta) of a prepared folder: two np.memmap of uint16 ids and the dict of meta.json, in which
     meta["tokenizer"] is the full spec. Raises FileNotFoundError or ValueError when something is missing or disagrees.

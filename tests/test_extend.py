@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import decode
 import extend
 import train
@@ -41,7 +42,7 @@ def base(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def undo_globals(monkeypatch):
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(train, "git_commit", lambda: "1234567")          # a process each time
+    monkeypatch.setattr(common, "git_commit", lambda: "1234567")          # a process each time
     yield
     torch.set_float32_matmul_precision(before)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import train
 from data import prepare as P
 from model import GPT, GPTConfig
@@ -39,7 +40,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def undo_globals(monkeypatch):
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(train, "git_commit", lambda: "1234567")          # a process each time
+    monkeypatch.setattr(common, "git_commit", lambda: "1234567")          # a process each time
     yield
     torch.set_float32_matmul_precision(before)
     train.distill.compile_kernels(False)
@@ -427,8 +428,7 @@ def test_bad_data_sets(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", ""])
 def test_own_text_is_the_text_of_now(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))   # prepared sets lie beside the script
-    monkeypatch.setattr(P, "HERE", tmp_path / "data")
+    monkeypatch.setattr(P, "HERE", tmp_path / "data")                    # prepared sets lie beside the script
     for name, text in (("a", TEXT), ("b", TEXT[1:] * 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "my.txt").write_text(text, encoding="utf-8")
@@ -438,7 +438,7 @@ def test_own_text_is_the_text_of_now(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "a/my.txt").write_text("now " + TEXT, encoding="utf-8")
     assert train.open_data(cfg[0])[2]["sha256"] not in (one["sha256"], two["sha256"])
     monkeypatch.setenv("RANK", "1")                                      # the process that only waits must not write
-    monkeypatch.setattr(train, "prepare", None)
+    monkeypatch.setattr(P, "prepare", None)
     assert train.open_data(cfg[1])[2] == two
 
 
