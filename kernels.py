@@ -72,6 +72,8 @@ def loss_and_grad(logits, targets, alpha, beta, top_n):
 
 
 if triton is not None:
+    # stands where the vocabulary has ended. A power of two, so that LOWEST - LOWEST is 0 in exp_of_difference, too
+    LOWEST = tl.constexpr(-(2.0**126))
 
     @triton.jit
     def order_of(z):
@@ -131,7 +133,7 @@ if triton is not None:
     @triton.jit
     def exp_of_difference(z, y):
         """exp(z - y): a multiply-add and a power of two"""
-        return tl.exp2(z * 1.4426950408889634 - y * 1.4426950408889634)
+        return tl.exp2(tl.fma(z, 1.4426950408889634, -(y * 1.4426950408889634)))
 
     @triton.jit
     def loss_grad(logits, d_logits, targets, teacher, alpha, beta, ce, kl, R, C, V, KL: tl.constexpr, BLOCK: tl.constexpr):
@@ -145,16 +147,16 @@ if triton is not None:
         # first pass. m the largest logit so far, s sum exp(z - m), s_n the same over the teacher's N. A thread takes 8
         # neighbours and keeps an m and sums of its own: threads that wait for one another at every step are slow
         lane = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        m, s = tl.full((BLOCK // 8,), -1e38, tl.float32), tl.zeros((BLOCK // 8,), tl.float32)
+        m, s = tl.full((BLOCK // 8,), LOWEST, tl.float32), tl.zeros((BLOCK // 8,), tl.float32)
         s_n, x = s, s
         for start in range(0, V, BLOCK):
             v = start + lane
-            z = tl.load(row + v, mask=v < V, other=-1e38).to(tl.float32)
+            z = tl.load(row + v, mask=v < V, other=LOWEST).to(tl.float32)
             m_new = tl.maximum(m, tl.max(z, 1))
             e, old = exp_of_difference(z, m_new[:, None]), tl.exp(m - m_new)
             s, m = s * old + tl.sum(e, 1), m_new
             if KL:
-                keep = tl.load(main + v, mask=v < V, other=-1e38).to(tl.float32) >= border
+                keep = tl.load(main + v, mask=v < V, other=LOWEST).to(tl.float32) >= border
                 s_n = s_n * old + tl.sum(tl.where(keep, e, 0.0), 1)
         top = tl.max(m, 0)
         old = tl.exp(m - top)
@@ -168,10 +170,10 @@ if triton is not None:
         # second pass: the gradient, and x = sum Q~ z
         for start in range(0, V, BLOCK):
             v = start + lane
-            z = tl.load(row + v, mask=v < V, other=-1e38).to(tl.float32)
+            z = tl.load(row + v, mask=v < V, other=LOWEST).to(tl.float32)
             g = tl.where(v == target, -a, 0.0)
             if KL:
-                q = tl.load(main + v, mask=v < V, other=-1e38).to(tl.float32)
+                q = tl.load(main + v, mask=v < V, other=LOWEST).to(tl.float32)
                 q_n = tl.where(q >= border, exp_of_difference(q, lse_q), 0.0)
                 x += tl.sum(q_n * z, 1)
                 g += exp_of_difference(z, lse) * tl.where(q >= border, inside, a) - b * q_n
@@ -216,14 +218,15 @@ def linear(x, weight, norm=None, square_relu=False, residual=None, rows=None, se
     few_rows[(triton.cdiv(N, BN), triton.cdiv(shape.numel(), 16))](
         x.contiguous(), norm, rows, x2, norm2, rows2, weight, residual, out, into, at, shape.numel(), N, shape[-1], *apart, K=K,
         SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=warps,
-        num_stages=stages if x.element_size() == 2 else 3, **early())
+        num_stages=stages if x.element_size() == 2 else 2, **early())
     return out
 
 
 def tiles(N, K, two):
     """columns and depth of a program's tile, warps and stages, as timed on an H100. Within the 99 KB of shared memory of a
-    consumer GPU: stages (BN + 16) BK numbers, or twice as many with `second`"""
-    return (64, 64, 2, 3) if N > 8192 else (8, 512, 2, 3) if K > 1024 else (32, 128, 2, 3) if N > 1024 else (8, 128, 2, 3 if two else 5)
+    consumer GPU: (stages - 1) (BN + 16) BK numbers, twice as many with `second`"""
+    return ((8, 128, 2, 3) if two else (64, 64, 2, 3) if N > 8192 else (8, 512, 2, 3) if K > 1024 else (32, 128, 2, 3) if N > 1024
+            else (8, 128, 2, 5))
 
 
 def linear_input(x, norm, rows):

@@ -142,7 +142,7 @@ def weights(cfg):
 
 def compile_model(model, mode, tokens, cfg):
     """compile in place, and try the loss with its KL once: where that fails, say so in one line and go on without"""
-    torch._dynamo.config.recompile_limit = 256                # head k reads windows of a length of its own
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)    # head k reads windows of a length of its own
     try:
         if mode == "model":
             model.compile(dynamic=False)

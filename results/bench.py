@@ -10,6 +10,7 @@ results/cost.py does. All times are medians of the wall clock, so run it with th
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import statistics
@@ -243,23 +244,26 @@ BENCH = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512), (4, 0.5, 409
 def time_steps(models, device, dtype, steps=20):
     """[(model, cfg), ..] -> a dict each: median time of a training step on random tokens, in turns, and the peak memory of the
     model's own. One model may stand there with several cfg"""
+    def text(model, cfg, B):
+        return torch.randint(model.config.vocab_size, (B, cfg.block_size + 1), device=device)
+
     turn, cuda = [], device.type == "cuda"
-    many, before, optimizers, rows = 4 if cuda else 1, {}, {}, []            # on a GPU the host only waits for every fourth step
+    many, before, optimizers, rows = 4 if cuda else 1, {}, {}, []            # on a GPU the clock is read at every fourth step
     if cuda:
         torch._dynamo.reset()
     for model, cfg in models:
         B = cfg.micro_batch or cfg.batch_size
-        tokens = torch.randint(model.config.vocab_size, (B, cfg.block_size + 1), device=device)
         if model not in before:
+            gc.collect()                                       # an earlier model, which its compiled parts hold in a cycle
             before[model] = torch.cuda.memory_allocated() if cuda else 0
             optimizers[model] = train.make_optimizer(model.to(device), cfg)
             if cuda and cfg.compile != "off":
                 with train.autocast(device, dtype):
-                    train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", tokens, cfg)
+                    train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", text(model, cfg, B), cfg)
 
-        def one(model=model, cfg=cfg, tokens=tokens):
+        def one(model=model, cfg=cfg, B=B):
             with train.autocast(device, dtype):
-                train.micro_step(model, model, cfg, tokens, 1.0, 1.0)
+                train.micro_step(model, model, cfg, text(model, cfg, B), 1.0, 1.0)
             if cfg.clip:
                 train.clip_gradients(model, cfg)
             optimizers[model].step()
@@ -277,7 +281,7 @@ def time_steps(models, device, dtype, steps=20):
 
 
 def bench_training(cfg, device, dtype, steps=20, combos=BENCH, vocab=50304):
-    """time_steps for several K, without and with the KL -> rows, printed as they come; what has the same K is timed in turns"""
+    """time_steps for several K, without and with the KL -> rows; what has the same K is timed in turns, and then printed"""
     rows = []
     for K, group in itertools.groupby(combos, lambda combo: combo[0]):
         torch.manual_seed(0)

@@ -89,20 +89,21 @@ def extend_table(rows):
 
 
 def loop_speed_table(rows):
-    """what 1 + sum CAR and the measured cost of a greedy round, in plain steps, make of every looped model: weights don't change the cost"""
-    plain, cost, lines = {}, {}, []
+    """what 1 + sum CAR and the measured cost of a greedy round, in plain steps, make of every model: weights hardly change the cost"""
+    plain, costs, lines = {}, {}, []
     for r in (r for row in rows if row["name"] == "speed python" for r in row["result"] if r["temperature"] == 0):
         plain.setdefault(r["checkpoint"], r["ms_round"])       # heads 0 comes first
-        cost[r["heads"]] = r["ms_round"] / plain[r["checkpoint"]]            # of the last checkpoint that has so many heads
+        costs.setdefault(r["heads"], []).append(r["ms_round"] / plain[r["checkpoint"]])
+    cost = {heads: statistics.median(ratios) for heads, ratios in costs.items()}
     runs = {(r["text"], r["K"], r["method"], r["seed"]): 1 + sum(r["result"]["car"]) for r in rows if r.get("part") == "effect"}
     runs.update({(r["text"], r["n"], r["method"], r["seed"]): 1 + sum(r["result"]["after"]["car"]) for r in rows if r.get("part") == "extend"})
     for text, n, method in sorted({key[:3] for key in runs}):
         seeds = [key[3] for key in runs if key[:3] == (text, n, method) and (text, 1, "MTP", key[3]) in runs]
         if n in cost and 1 in cost and seeds:
             speed, first = ([runs[text, k, m, seed] / cost[k] for seed in seeds] for k, m in ((n, method), (1, "MTP")))
-            lines.append([text, n, method, len(seeds), f"{cost[n]:.2f}", spread(speed, digits=2), spread([a / b for a, b in zip(speed, first)], digits=2)])
+            lines.append([text, n, method, len(seeds), f"{cost[n]:.2f} ({min(costs[n]):.2f} to {max(costs[n]):.2f})", spread(speed, digits=2), spread([a / b for a, b in zip(speed, first)], digits=2)])
     return markdown("Speed expected of every model: 1 + sum CAR, over the cost of a greedy round as measured in \"speed python\"",
-                    ["text", "heads", "method", "seeds", "a round, in plain steps", "x plain", "x 1-head MTP, same seed"], lines)
+                    ["text", "heads", "method", "seeds", "a round, in plain steps: median (range over checkpoints)", "x plain (± CAR over seeds)", "x 1-head MTP, same seed"], lines)
 
 
 def speed_table(rows):

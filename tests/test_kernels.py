@@ -68,6 +68,15 @@ def test_the_border_lets_the_n_largest_in(n):
     torch.testing.assert_close(out[2].double(), (q * q.log()).sum().expand(1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("V, n", [(9, 0), (9, 4), (4096, 0)])
+def test_a_vocabulary_shorter_than_a_block(V, n):
+    """threads that never see a word add nothing"""
+    logits, targets = distinct(2, 1, V=V, seed=1) if V < 100 else rand(2, 1, V).bfloat16(), torch.tensor([V - 1], device=DEVICE)
+    alpha, beta = torch.tensor([1.0, 0.3], device=DEVICE), torch.tensor([0.5], device=DEVICE)
+    for got, want in zip(kernels.loss_and_grad(logits, targets, alpha, beta, n), slow(logits, targets, alpha, beta, n)):
+        torch.testing.assert_close(got.double(), want.double(), rtol=2**-7, atol=1e-5)
+
+
 def test_a_student_far_from_the_teacher():
     """N = 1: P~ and Q~ are both all on one word, however little the student gives it"""
     logits = torch.zeros(2, 1, 40, dtype=torch.bfloat16, device=DEVICE)
@@ -241,7 +250,7 @@ class Compiled:
 for name in ("few_rows", "attend", "teacher_sums", "loss_grad"):
     setattr(kernels, name, Compiled(getattr(kernels, name)))
 for dtype in (torch.bfloat16, torch.float32):
-    for d, heads in ((384, 6), (256, 2)):
+    for d, heads in ((384, 6), (256, 2), (1280, 10)):
         gpt = model.GPT(model.GPTConfig(9000, 32, 1, heads, d, 2)).to(dtype)
         for part in (gpt.blocks[0], gpt.heads[0].block):
             part.forward = __import__("functools").partial(kernels.block, part, kernels.tile_of(gpt))

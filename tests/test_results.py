@@ -66,8 +66,8 @@ def test_the_expected_speed_of_looped_models(tmp_path, monkeypatch, capsys):
     rows = [effect_row("MTP", 1, 4.0, 0.5), effect_row("MTP", 2, 4.0, 0.25), row("speed python", "speed", speed), *loops]
     text, _ = written(tmp_path, rows, monkeypatch, capsys)
     text = text[text.index("## Speed expected") : text.index("## Decoding")]
-    assert cells(text, "toy", "1", "MTP") == ["2", "1.25", "1.10 ±0.10", "1.00 ±0.00"]                # 1.5 and 1.25 over 1.25
-    assert cells(text, "toy", "2", "MTP-D") == ["2", "2.00", "0.85 ±0.05", "0.78 ±0.12"]              # 1.6 and 1.8 over 2, then over 1.2 and 1
+    assert cells(text, "toy", "1", "MTP") == ["2", "1.25 (1.25 to 1.25)", "1.10 ±0.10", "1.00 ±0.00"]                # 1.5 and 1.25 over 1.25
+    assert cells(text, "toy", "2", "MTP-D") == ["2", "2.00 (2.00 to 2.00)", "0.85 ±0.05", "0.78 ±0.12"]              # 1.6 and 1.8 over 2, then over 1.2 and 1
 
 
 
