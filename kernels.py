@@ -100,13 +100,15 @@ if triton is not None:
         top, bottom = tl.max(top, 0), tl.min(bottom, 0)
 
         # false position on f(z) = log #(logits >= z) - log n, which is nearly straight where the border lies; an end that
-        # stays twice has its f halved (the Illinois rule). 6 to 12 rounds, where halving the interval takes 16
+        # stays twice has its f halved (the Illinois rule). 5 to 10 rounds, where halving the interval takes 16. Equals at 0,
+        # where bf16 is finest, would take it a hundred: after 12 rounds, halve
         low, high = order_of(bottom), order_of(top) + 1        # f(low) >= 0 > f(high), in the integers' order
-        f_low, f_high, side = tl.log(V / n), -tl.log(n * 2.0), 0
+        f_low, f_high, side, rounds = tl.log(V / n), -tl.log(n * 2.0), 0, 0
         while high - low > 1:
             z_low, z_high = number(low), number(high)
             guess = order_of(z_low + (z_high - z_low) * f_low / (f_low - f_high))
-            guess = tl.minimum(tl.maximum(guess, low + 1), high - 1)
+            guess = tl.minimum(tl.maximum(tl.where(rounds < 12, guess, (low + high) // 2), low + 1), high - 1)
+            rounds += 1
             border, count = number(guess), tl.zeros((BLOCK,), tl.int32)
             for start in range(0, V, BLOCK):
                 v = start + tl.arange(0, BLOCK)
