@@ -39,6 +39,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import tables  # noqa: E402
 import torch  # noqa: E402
 
+from common import git_commit  # noqa: E402
+
 MODEL = {
     "tiny": "--preset tiny --eval_windows 200",
     "gpu": "--preset small --n_layer 8 --n_head 6 --n_embd 384 --block_size 256 --batch_size 32 --micro_batch 32 --steps 1000 "
@@ -72,7 +74,7 @@ class Runner:
 
     def add(self, **row):
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        row = dict(row, device=device, torch=torch.__version__, python=platform.python_version())
+        row = dict(row, device=device, torch=torch.__version__, python=platform.python_version(), commit=git_commit())
         with self.lock:
             self.rows.append(row)
             with open(self.path, "a", encoding="utf-8") as file:

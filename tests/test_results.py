@@ -232,6 +232,7 @@ def test_entropy_runs_once_for_each_checkpoint_and_goes_on_where_it_stopped(tmp_
         return SimpleNamespace(returncode=int(broken in command[2]), stdout="text\n" + json.dumps([1.0]), stderr="no checkpoint")
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "git_commit", lambda: "1234567")
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     begin = list(reproduce.PARTS)
     assert begin.index("entropy") == begin.index("effect") + 1
@@ -239,7 +240,8 @@ def test_entropy_runs_once_for_each_checkpoint_and_goes_on_where_it_stopped(tmp_
         calls.clear()
         reproduce.entropy(SimpleNamespace(scale="gpu"), reproduce.Runner("gpu", "work", 1), {"python": ("python", "")})
         assert len(calls) == expected and str(Path("work/python_K4_MTP-D_seed2/ckpt.pt")) in calls
-    assert len(tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")) == 5
+    rows = tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")
+    assert len(rows) == 5 and all(row["commit"] == "1234567" for row in rows)
 
 
 def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
