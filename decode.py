@@ -273,7 +273,7 @@ class Decoder:
         if self.accept is residual:
             q = F.pad(probabilities(logits, self.temperature, self.top_k), (0, self.model.config.vocab_size - logits.size(-1)))
         d = best(logits) if q is None else draw(q, self.generator)
-        tokens = torch.where(at == at[:, -1:], d[:, None], self.buffer[self.row, at])
+        tokens = torch.where(at == at[:, -1:], d[:, None], self.buffer[self.row, at])    # as if after the write: a kernel less
         self.buffer[self.row[:, 0], at[:, -1]] = d
         return q, tokens
 
