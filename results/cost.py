@@ -57,6 +57,25 @@ def decoding(device, dtype):
     return rows
 
 
+@torch.no_grad()
+def shapes(device, dtype):
+    """rounds with 0 .. 4 heads of a wide, shallow and a narrow, deep model of about one speed, in turns -> rows"""
+    rows = []
+    for n_layer, n_head, n_embd in ((6, 4, 128), (12, 3, 96)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(2048, 128, n_layer, n_head, n_embd, 4)).to(device, dtype).eval()
+        decoders = [decode.Decoder(model, 1, 128, heads) for heads in range(5)]
+
+        def one(decoder):
+            decoder.n.fill_(48)
+            decoder.step()
+        for decoder in decoders:
+            decoder.start([[1] * 32], 90)
+        times = bench.milliseconds([functools.partial(one, decoder) for decoder in decoders], device, 60)
+        rows += [dict(n_layer=n_layer, n_embd=n_embd, heads=k, ms=ms, plain_steps=ms / times[0]) for k, ms in enumerate(times)]
+    return rows
+
+
 def d512(base, windows):
     return dataclasses.replace(base, n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=windows, micro_batch=windows, compile="blocks")
 
@@ -71,15 +90,16 @@ PARTS = {
         dataclasses.replace(base, compile="model"), *on, combos=[(0, 0, 1)])},
     "memory": lambda base, *on: {"124M T=1024, 8 windows": bench.bench_training(dataclasses.replace(base, compile="blocks", micro_batch=8), *on, combos=[(4, 0, 1)])},
     "decoding": lambda base, *on: {"decoding": decoding(*on)},
+    "shapes": lambda base, *on: {"rounds of two shapes, V=2048, T=128, random weights": shapes(*on)},
     "tiny": lambda base, *on: {"heads, tiny": bench.bench_training(train.make_config(dict(preset="tiny")), *on, steps=5, vocab=2048,
                                                                    combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])},
 }
-SCALES = {"gpu": ["kl", "decoding", "plain", "extension", "heads", "memory"], "tiny": ["tiny"]}
+SCALES = {"gpu": ["kl", "decoding", "plain", "extension", "heads", "memory"], "tiny": ["tiny", "shapes"]}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=list(PARTS), help="kl, extension, heads, plain, memory, decoding: for a GPU; tiny: for a CPU")
+    parser.add_argument("part", choices=list(PARTS), help="kl, extension, heads, plain, memory, decoding: for a GPU; tiny, shapes: for a CPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     device = train.pick_device("auto")
