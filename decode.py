@@ -330,7 +330,8 @@ def check_request(model, prompts, max_new_tokens, heads, temperature, top_k, acc
             (not 0 <= heads <= K, f"heads is {heads}; this model has {K} MTP heads, so give 0 (plain decoding) to {K}"),
             (not temperature >= 0, f"temperature is {temperature}; it must be 0 (greedy) or more"),
             (top_k is not None and not 1 <= top_k <= V, f"top_k is {top_k}; it must be from 1 to {V} (the vocabulary)"),
-            (draft_vocab is not None and not 1 <= draft_vocab <= V, f"draft_vocab is {draft_vocab}; it must be from 1 to {V} (the vocabulary)"),
+            (draft_vocab is not None and not 1 <= draft_vocab <= V,
+             f"draft_vocab is {draft_vocab}; it must be from 1 to {V} (the vocabulary)"),
             (accept not in RULES, f"unknown accept rule {accept!r}; choose one of {', '.join(RULES)}"),
             (compile not in COMPILE, f"unknown compile {compile!r}; choose one of {', '.join(COMPILE)}")):
         if wrong:

@@ -50,6 +50,11 @@ def usable(logits):
     return triton is not None and (logits.is_cuda or interpreted()) and logits.dtype == torch.bfloat16
 
 
+def version():
+    """Triton's, as (3, 5): what PyTorch 2.9 brings and few_rows needs. The loss needs (3, 3). Without Triton, ()"""
+    return tuple(map(int, triton.__version__.split(".")[:2])) if triton else ()
+
+
 def interpreted():
     """whether Triton's interpreter runs the kernels, on a CPU: for tests"""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -307,10 +312,11 @@ def logits(self, k, hidden, vocab=None):
 def install(model):
     """let this model run on these kernels from now on, wherever it takes a few tokens with a cache"""
     weight, hd = model.weight, model.config.n_embd // model.config.n_head
-    if triton is None or not (weight.is_cuda or interpreted()) or weight.dtype == torch.float64 or hd < 16 or hd & (hd - 1):
-        raise ValueError("the kernels need Triton, a CUDA GPU, a type of 32 bits or fewer and n_embd / n_head a power of two from 16 "
-                         f"on; found {'no Triton' if triton is None else 'Triton'}, {weight.device.type}, {str(weight.dtype)[6:]} "
-                         f"and {hd}: decode without (--compile off)")
+    if version() < (3, 5) or not (weight.is_cuda or interpreted()) or weight.dtype == torch.float64 or hd < 16 or hd & (hd - 1):
+        found = f"Triton {triton.__version__}" if triton else "no Triton"
+        raise ValueError("the kernels need Triton 3.5 or later, a CUDA GPU, a type of 32 bits or fewer and n_embd / n_head a power of "
+                         f"two from 16 on; found {found}, {weight.device.type}, {str(weight.dtype)[6:]} and {hd}: decode without "
+                         "(--compile off)")
     for part in [*model.blocks, *(head.block for head in model.heads)]:
         part.forward = functools.partial(block, part, tile_of(model))
     for function in (where, logits, trunk_step, head_step):

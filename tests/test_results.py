@@ -59,15 +59,17 @@ def cells(text, *first):
 
 def test_the_expected_speed_of_looped_models(tmp_path, monkeypatch, capsys):
     """1 + sum CAR over the cost of a round in plain steps; the 1-head MTP model of the same seed is 1"""
-    speed = [dict(checkpoint="a/b", temperature=t, batch=1, heads=heads, ms_round=ms, tokens_per_forward=1.0, tokens_per_s=1.0, speedup=1.0,
-                  predicted_speedup=1.0, over_one=None, looping=0, prompts=1) for t, heads, ms in ((0, 0, 2.0), (0, 1, 2.5), (0, 2, 4.0), (1, 2, 99.0))]
-    loops = [row(f"loop {seed}", "extend", dict(before=dict(car=[0.9, 0.9]), after=dict(car=[0.5, car])), text="toy", n=2, method="MTP-D", seed=seed)
-             for seed, car in ((1, 0.1), (2, 0.3))]
+    rest = dict(checkpoint="a/b", batch=1, tokens_per_forward=1.0, tokens_per_s=1.0, speedup=1.0, predicted_speedup=1.0, over_one=None,
+                looping=0, prompts=1)
+    speed = [dict(rest, temperature=t, heads=heads, ms_round=ms) for t, heads, ms in ((0, 0, 2.0), (0, 1, 2.5), (0, 2, 4.0), (1, 2, 99.0))]
+    loops = [row(f"loop {seed}", "extend", dict(before=dict(car=[0.9, 0.9]), after=dict(car=[0.5, car])),
+                 text="toy", n=2, method="MTP-D", seed=seed) for seed, car in ((1, 0.1), (2, 0.3))]
     rows = [effect_row("MTP", 1, 4.0, 0.5), effect_row("MTP", 2, 4.0, 0.25), row("speed python", "speed", speed), *loops]
     text, _ = written(tmp_path, rows, monkeypatch, capsys)
     text = text[text.index("## Speed expected") : text.index("## Decoding")]
-    assert cells(text, "toy", "1", "MTP") == ["2", "1.25 (1.25 to 1.25)", "1.10 ±0.10", "1.00 ±0.00"]                # 1.5 and 1.25 over 1.25
-    assert cells(text, "toy", "2", "MTP-D") == ["2", "2.00 (2.00 to 2.00)", "0.85 ±0.05", "0.78 ±0.12"]              # 1.6 and 1.8 over 2, then over 1.2 and 1
+    # 1.5 and 1.25 tokens a forward over 1.25; 1.6 and 1.8 over 2, then over 1.2 and 1
+    assert cells(text, "toy", "1", "MTP") == ["2", "1.25 (1.25 to 1.25)", "1.10 ±0.10", "1.00 ±0.00"]
+    assert cells(text, "toy", "2", "MTP-D") == ["2", "2.00 (2.00 to 2.00)", "0.85 ±0.05", "0.78 ±0.12"]
 
 
 
