@@ -47,7 +47,7 @@ BLOCK = 4096                                                   # logits of a row
 
 def usable(logits):
     """whether loss_and_grad takes these logits"""
-    return triton is not None and (logits.is_cuda or interpreted()) and logits.dtype == torch.bfloat16
+    return version() >= (3, 3) and (logits.is_cuda or interpreted()) and logits.dtype == torch.bfloat16
 
 
 def version():
