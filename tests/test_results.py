@@ -63,7 +63,7 @@ def test_the_expected_speed_of_looped_models(tmp_path, monkeypatch, capsys):
                 looping=0, prompts=1)
     speed = [dict(rest, temperature=t, heads=heads, ms_round=ms) for t, heads, ms in ((0, 0, 2.0), (0, 1, 2.5), (0, 2, 4.0), (1, 2, 99.0))]
     loops = [row(f"loop {seed}", "extend", dict(before=dict(car=[0.9, 0.9]), after=dict(car=[0.5, car])),
-                 text="toy", n=2, method="MTP-D", seed=seed) for seed, car in ((1, 0.1), (2, 0.3), (3, 0.9))]    # seed 3 has no 1-head model
+                 text="toy", n=2, method="MTP-D", seed=seed) for seed, car in ((1, 0.1), (2, 0.3), (3, 0.9))]   # seed 3: no 1-head MTP
     rows = [effect_row("MTP", 1, 4.0, 0.5), effect_row("MTP", 2, 4.0, 0.25), row("speed python", "speed", speed), *loops]
     text, _ = written(tmp_path, rows, monkeypatch, capsys)
     text = text[text.index("## Speed expected") : text.index("## Decoding")]
