@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data.errors import UserError  # noqa: F401 (the scripts take it from here)
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
