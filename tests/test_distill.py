@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import distill
-from distill import chunk_size, count_top_n, divergence, mtp_loss, top_n_indices, topn_kl
+from distill import chunk_size, count_top_n, mtp_d_loss, mtp_loss, top_n_indices, topn_kl
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -47,7 +47,7 @@ def slow_kl(student, teacher, n, kind, detach=True):
 
 
 def slow_loss(hidden, weight, targets, *, alpha, beta, ramp=1.0, top_n=0.1, kl="forward", detach_teacher=True,
-              kl_hidden=None, shift_labels=0, shift_teacher=0):
+              shift_labels=0, shift_teacher=0):
     """alpha, beta: lists. The shifts are mistakes, made on purpose: see the alignment test"""
     K, T = len(hidden) - 1, targets.size(1)
     main = hidden[0] @ weight.T
@@ -56,8 +56,7 @@ def slow_loss(hidden, weight, targets, *, alpha, beta, ramp=1.0, top_n=0.1, kl="
         rows = slice(K - k, T - k)  # row i of head k predicts targets[:, i+k]; targets K..T-1 have a row of each head
         logits = hidden[k][:, rows] @ weight.T
         ce.append(F.cross_entropy(logits.flatten(0, 1), targets.roll(shift_labels, 1)[:, K:].flatten()))
-        student = logits if kl_hidden is None else kl_hidden[k][:, rows] @ weight.detach().T
-        far.append(slow_kl(student, main.roll(shift_teacher, 1)[:, K:], top_n, kl, detach_teacher))
+        far.append(slow_kl(logits, main.roll(shift_teacher, 1)[:, K:], top_n, kl, detach_teacher))
     loss = ce[0] + sum(a * c for a, c in zip(alpha, ce[1:], strict=True))
     return loss + ramp * sum(b * f for b, f in zip(beta, far, strict=True)), torch.stack(ce), torch.stack(far)
 
@@ -69,14 +68,12 @@ def gradients(model, loss):
     return {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in model.named_parameters()}
 
 
-def compare(model, tokens, alpha, beta, cut, chunk_logits=2**27, **options):
+def compare(model, tokens, alpha, beta, chunk_logits=2**27, **options):
     """mtp_loss == slow_loss: the value, its parts, and the gradient of every parameter"""
     results = []
     for function, more in ((mtp_loss, {"chunk_logits": chunk_logits}), (slow_loss, {})):
-        hidden = model(tokens[:, :-1], cut_heads=cut)
-        hidden, kl_hidden = hidden if cut else (hidden, None)
-        loss, ce, far = function(hidden, model.weight, tokens[:, 1:], alpha=alpha, beta=beta, kl_hidden=kl_hidden,
-                                 **options, **more)
+        hidden = model(tokens[:, :-1])
+        loss, ce, far = function(hidden, model.weight, tokens[:, 1:], alpha=alpha, beta=beta, **options, **more)
         results.append((loss, ce, far, gradients(model, loss)))
     (loss, ce, far, got), (want_loss, want_ce, want_far, want) = results
     close(loss, want_loss, 1e-11)
@@ -88,14 +85,13 @@ def compare(model, tokens, alpha, beta, cut, chunk_logits=2**27, **options):
         close(got[name], want[name], 1e-11, name)
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["full", "heads"])
 @pytest.mark.parametrize("detach", [True, False], ids=["detach", "no_detach"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_all_gradients_equal_the_slow_loss(kind, detach, cut):
+def test_loss_and_all_gradients_equal_the_slow_loss(kind, detach):
     model, tokens = make()
     big, small = 2**27, 500  # all targets at once; five at a time, or three
     for n, chunk in ((1, big), (2, big), (2, small), (7, big), (7, small), (0.5, small), (V, big), (V + 8, small)):
-        compare(model, tokens, [0.3, 0.2], [0.5, 0.7], cut, chunk, top_n=n, kl=kind, detach_teacher=detach)
+        compare(model, tokens, [0.3, 0.2], [0.5, 0.7], chunk, top_n=n, kl=kind, detach_teacher=detach)
 
 
 @pytest.mark.parametrize("alpha, beta, ramp", [
@@ -103,8 +99,7 @@ def test_loss_and_all_gradients_equal_the_slow_loss(kind, detach, cut):
     ([0.3, 0.1, 0.2], [0, 0, 0], 1), ([0, 0.1, 0.2], [0, 0.9, 0], 1), ([0.3, 0, 0], [0, 0, 0.8], 1)])
 def test_weights_per_head_zeros_and_the_ramp(alpha, beta, ramp):
     model, tokens = make(K=3)
-    for cut in (False, True):
-        compare(model, tokens, alpha, beta, cut, 300, ramp=ramp, detach_teacher=False)
+    compare(model, tokens, alpha, beta, 300, ramp=ramp, detach_teacher=False)
 
 
 def test_one_number_stands_for_every_head_and_the_defaults_are_the_papers():
@@ -176,10 +171,6 @@ def test_gradients_of_the_divergence(kind):
     student, teacher = rand(2, 8, seed=1).requires_grad_(), rand(2, 8, seed=2).requires_grad_()
     for n in (3, 8):  # finite differences
         assert torch.autograd.gradcheck(partial(topn_kl, n=n, direction=kind, detach_teacher=False), (student, teacher))
-    far, *written_out = divergence(student, teacher, kind)
-    for got, want in zip(written_out, torch.autograd.grad(far.sum(), (student, teacher)), strict=True):
-        close(got, want, 1e-13)
-        assert want.abs().max() > 1e-3
     # the whole loss, with its explicit backward, against finite differences too
     model, tokens = make(B=1, T=4)
     hidden, targets = [h.detach().requires_grad_() for h in model(tokens[:, :-1])], tokens[:, 1:]
@@ -206,23 +197,6 @@ def test_detach_keeps_the_teacher_out(kind):
         return hidden[0].grad
     assert torch.equal(main_grad(beta=2.0), main_grad(beta=1e-9))
     assert (main_grad(beta=2.0, detach_teacher=False) - main_grad(beta=1e-9)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_kl_grad_heads_leaves_all_shared_gradients_those_of_plain_mtp(kind):
-    model, tokens = make()
-    def grads(beta, cut):
-        hidden, kl_hidden = model(tokens[:, :-1], cut_heads=True)
-        return gradients(model, mtp_loss(hidden, model.weight, tokens[:, 1:], beta=beta, top_n=7, kl=kind,
-                                         kl_hidden=kl_hidden if cut else None)[0])
-    plain, cut, tiny, full = grads(0, False), grads(2.0, True), grads(1e-9, True), grads(2.0, False)
-    for name in plain:
-        if name.startswith("heads."):
-            assert (cut[name] - plain[name]).abs().max() > 1e-6, name
-            continue
-        # exactly: whatever beta is, not a bit of it arrives
-        assert torch.equal(cut[name], plain[name]) and torch.equal(cut[name], tiny[name]), name
-        assert name == "norm.weight" or (full[name] - plain[name]).abs().max() > 1e-6, name  # something was cut
 
 
 def test_heads_of_weight_zero_leave_the_gradient_of_a_model_without_heads():
@@ -314,29 +288,67 @@ def test_chunks_cover_all_targets_and_stay_small():
         assert -(-targets // size) <= 2 * max(1, -(-targets * row // limit))  # even chunks don't cost many more of them
 
 
-def test_a_ragged_last_chunk_and_how_many_logits_are_alive(monkeypatch):
+def test_a_ragged_last_chunk_and_how_many_logits_are_alive():
     model, tokens = make(B=1, T=13)  # K = 2: 11 targets, a prime, have a row of each head
-    sizes, chunk_loss = [], distill.chunk_loss
+    sizes = []
 
-    def watched(hidden, *args, **more):
-        sizes.append(hidden.size(1))
-        return chunk_loss(hidden, *args, **more)
+    def watched(logits, *args):
+        sizes.append(logits.size(1))
+        return distill.loss_and_grad(logits, *args)
 
-    monkeypatch.setattr(distill, "chunk_loss", watched)
     for targets, want in ((11, [11]), (6, [6, 5]), (4, [4, 4, 3]), (1, [1] * 11)):
+        compare(model, tokens, [0.3, 0.2], [0.5, 0.7], chunk_logits=targets * 3 * V, top_n=2)
         sizes.clear()
-        compare(model, tokens, [0.3, 0.2], [0.5, 0.7], False, chunk_logits=targets * 3 * V, top_n=2)
+        mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:], chunk_logits=targets * 3 * V, grad_function=watched)
         assert sizes == want
-    sizes.clear()
-    compare(model, tokens, [0.3, 0.2], [0.5, 0.7], True, chunk_logits=6 * 3 * V, top_n=2)
-    assert sizes == [6, 5]  # kl_grad="heads" cuts as plain MTP does, or their sums would round differently
+
+
+def test_the_plain_loss_is_the_loss_of_logits_that_are_aligned():
+    """mtp_d_loss, which a reader meets first, on the K+1 rows of logits that predict the same targets"""
+    model, tokens = make(K=2, B=1, T=9)
+    logits = model.all_logits(tokens[:, :-1])
+    rows = torch.stack([x[0, 2 - k : 9 - k] for k, x in enumerate(logits)])                # (3, 7, V)
+    alpha, beta = torch.tensor([1.0, 0.3, 0.2]), torch.tensor([0.5, 0.7])
+    loss, ce, kl = mtp_d_loss(rows, tokens[0, 3:], alpha, beta, 7)
+    _, want_ce, want_kl = mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:], alpha=[0.3, 0.2], beta=[0.5, 0.7], top_n=7)
+    close(ce[1:], want_ce[1:], 1e-12)
+    close(kl, want_kl, 1e-12)
+    close(loss, ce[0] + alpha[1:] @ ce[1:] + beta @ kl, 1e-12)
+    assert mtp_d_loss(rows, tokens[0, 3:], alpha, beta, 0)[2].eq(0).all()
+
+
+def test_a_new_divergence_is_one_function_and_one_entry(monkeypatch):
+    """added from outside, it trains through mtp_loss, with autograd's gradients of the undivided loss"""
+    def js(log_p, log_q):
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (distill.forward_kl(log_m, log_p) + distill.forward_kl(log_m, log_q)) / 2
+
+    monkeypatch.setitem(distill.DIVERGENCES, "js", js)
+    for detach in (True, False):
+        model, tokens = make(K=2)
+        loss, _, far = mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:], kl="js", top_n=7, chunk_logits=500, detach_teacher=detach)
+        got = gradients(model, loss)
+        logits = model.all_logits(tokens[:, :-1])
+        rows = torch.stack([x[:, 2 - k : 9 - k] for k, x in enumerate(logits)])            # (3, B, 7, V)
+        main = rows[0].detach() if detach else rows[0]
+        top = main.topk(7).indices
+        p = rows[1:].gather(-1, top.expand(2, -1, -1, -1)).softmax(-1)
+        q = main.gather(-1, top).softmax(-1)
+        m = (p + q) / 2
+        want_far = ((p * (p / m).log() + q * (q / m).log()) / 2).sum(-1).mean((1, 2))
+        ce = [F.cross_entropy(x.flatten(0, 1), tokens[:, 3:].flatten()) for x in rows[1:]]
+        main_ce = F.cross_entropy(logits[0].flatten(0, 1), tokens[:, 1:].flatten())
+        want = gradients(model, main_ce + 0.3 * sum(ce) + 0.5 * want_far.sum())
+        close(far, want_far.detach(), 1e-12)
+        for name in want:
+            close(got[name], want[name], 1e-10, name)
 
 
 # ---- number formats
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_logits_are_reduced_in_float32(kind, monkeypatch):
+def test_bf16_logits_are_reduced_in_float32(kind):
     student, teacher = rand(50, 4096, seed=1).bfloat16(), rand(50, 4096, seed=2).bfloat16()
     for n in (7, 4096):
         got, want = topn_kl(student, teacher, n, kind), topn_kl(student.float(), teacher.float(), n, kind)
@@ -352,29 +364,30 @@ def test_bf16_logits_are_reduced_in_float32(kind, monkeypatch):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
     # autocast: as if float32 states and weights had been rounded before, so that no float32 copy of them is kept
-    seen, chunk_loss = [], distill.chunk_loss
-    monkeypatch.setattr(distill, "chunk_loss", lambda h, w, *a, **b: seen.extend((h, w)) or chunk_loss(h, w, *a, **b))
+    seen = []
+
+    def watched(logits, *args):
+        seen.append(logits.dtype)
+        return distill.loss_and_grad(logits, *args)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        auto = mtp_loss(wide, weight.float() * (1 + 1e-4), targets, kl=kind)
+        auto = mtp_loss(wide, weight.float() * (1 + 1e-4), targets, kl=kind, grad_function=watched)
     assert all(torch.equal(a, b) for a, b in zip(auto, low, strict=True))
-    assert {x.dtype for x in seen} == {torch.bfloat16}
+    assert set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the kernels are compiled there only")
-def test_compiled_kernels_equal_the_plain_ones(monkeypatch):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: only there is it compiled")
+def test_the_compiled_loss_equals_the_plain_one():
     hidden = [rand(2, 65 - k, 16, seed=k).float().cuda() for k in range(3)]
     weight, targets = rand(1024, 16, seed=7, scale=0.5).float().cuda(), torch.arange(130).view(2, 65).cuda()
 
-    def run():
+    def run(function):
         leaves = [h.clone().requires_grad_() for h in (weight, *hidden)]
-        loss, *parts = mtp_loss(leaves[1:], leaves[0], targets, top_n=32, detach_teacher=False)
+        loss, *parts = mtp_loss(leaves[1:], leaves[0], targets, top_n=32, detach_teacher=False, grad_function=function)
         return [loss.detach(), *parts, *torch.autograd.grad(loss, leaves)]
 
-    want = run()
-    for name in ("top_n_indices", "cross_entropy_grad", "add_divergence_grad"):
-        monkeypatch.setattr(distill, name, getattr(distill, name))  # so that the plain ones come back afterwards
-    distill.compile_kernels()
-    for a, b in zip(run(), want, strict=True):
+    compiled = partial(distill.loss_and_grad, loss=torch.compile(mtp_d_loss, dynamic=False))
+    for a, b in zip(run(compiled), run(distill.loss_and_grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -397,7 +410,7 @@ def test_bad_options_say_what_is_wrong(options, found):
 
 def test_windows_too_short_for_the_heads_say_so():
     model, tokens = make(K=2, T=2)
-    with pytest.raises(ValueError, match="got windows of 2 tokens for 2 MTP heads; .* at least 3"):
+    with pytest.raises(ValueError, match="got 2 tokens for 2 MTP heads; .* at least 3"):
         mtp_loss(model(tokens[:, :-1]), model.weight, tokens[:, 1:])
     model, tokens = make(K=2, T=3)  # the shortest: one target has a row of each head
-    compare(model, tokens, [0.3, 0.2], [0.5, 0.7], True, top_n=7)
+    compare(model, tokens, [0.3, 0.2], [0.5, 0.7], top_n=7)

@@ -1,0 +1,433 @@
+"""
+fast/decode.py: the steps of decode.Decoder on two Triton kernels, as one CUDA graph. Optional.
+
+At batch 1, decoding is bound by kernel launches and by reading the weights once per step. So a
+block is five launches here, with the norms, the rotation, the cache and the sums inside:
+
+    skinny_matmul_kernel  a few rows times a matrix; RMSNorm before it, relu^2 or a sum after it
+    attention_kernel      the new tokens' keys and values into the cache, then attention over it
+
+and a whole round is recorded once as a CUDA graph, then replayed by one launch.
+
+Up to MAX_ROWS rows, a row's result does not depend on the rows beside it, not even in the last bit:
+verifying K drafts rounds as K ordinary steps would, so that in bf16, too, the text is that of
+ordinary decoding.
+
+FastModel repeats model.Block, MTPHead and the steps of model.GPT; it reads the model's weights and
+changes nothing in it. tests/test_fast.py compares the two.
+
+Shapes in comments: B sequences, T new tokens of each, S cache slots, M = B T rows.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from decode import Decoder
+from fast.loss import interpreted, triton, triton_version
+from model import Positions
+
+if triton is not None:
+    import triton.language as tl
+
+MAX_ROWS = 32  # from here on, a library's matrix product is the faster one
+
+
+def unsupported(model):
+    """-> why FastModel can't run this model here, in a few words, or None where it can"""
+    weight = model.weight
+    head_dim = model.config.n_embd // model.config.n_head
+    if not weight.is_cuda and not interpreted():
+        return "no CUDA GPU"
+    if triton_version() < (3, 5):
+        found = f"Triton {triton.__version__}" if triton else "no Triton"
+        return f"needs Triton 3.5 or later, found {found}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"for float32 and bfloat16, not {str(weight.dtype)[6:]}"
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"needs n_embd / n_head to be a power of two from 16 on, not {head_dim}"
+    if weight.is_cuda and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# the steps of a model
+
+
+class FastModel:
+    """the steps of a GPT for few tokens; more tokens (the prefill) go through the model itself"""
+
+    def __init__(self, model):
+        self.model = model
+        self.config = model.config
+        # new tokens that attention_kernel has room for: those of any round of this model, with
+        # however many heads. One number per model: another tile may be summed in another order
+        self.tile = 16
+        while self.tile < model.config.n_mtp + 1:
+            self.tile *= 2
+
+    @property
+    def weight(self):
+        return self.model.weight
+
+    def positions(self, cache, pos):
+        """as GPT.positions; for few tokens without a mask, and with the angles of all positions"""
+        if pos.size(1) > self.tile:
+            return self.model.positions(cache, pos)
+        return Positions(cache.row, pos, None, self.model.rope)
+
+    def block(self, block, x, kv, positions, copy=None):
+        """model.Block.forward; the result also goes into `copy`, see linear()"""
+        qkv = linear(x, block.attn.qkv.weight, norm=block.norm1.weight)
+        y = attention(qkv, positions.rope, kv, positions.pos, block.attn.n_head, self.tile)
+        x = linear(y, block.attn.proj.weight, residual=x)
+        y = linear(x, block.fc.weight, norm=block.norm2.weight, square_relu=True)
+        return linear(y, block.proj.weight, residual=x, copy=copy)
+
+    def trunk_step(self, tokens, cache, positions):
+        """GPT.trunk_step; the last block writes h^0 into the cache"""
+        if positions.mask is not None:
+            return self.model.trunk_step(tokens, cache, positions)
+        x = self.model.embed(tokens)
+        last = len(self.model.blocks) - 1
+        for i, block in enumerate(self.model.blocks):
+            copy = None
+            if cache.hidden and i == last:
+                copy = (cache.hidden[0], positions.pos)
+            x = self.block(block, x, cache.kv[i], positions, copy)
+        return x
+
+    def head_step(self, k, tokens, cache, positions):
+        """GPT.head_step; the rows of the cache and of the embedding are fetched on the way"""
+        if positions.mask is not None:
+            return self.model.head_step(k, tokens, cache, positions)
+        head = self.model.heads[k - 1]
+        x = linear(
+            cache.hidden[k - 1], head.mix.weight, norm=head.norm_hidden.weight, rows=positions.pos,
+            second=(self.weight, head.norm_embed.weight, tokens),
+        )
+        copy = None
+        if k < len(cache.hidden):
+            copy = (cache.hidden[k], positions.pos)
+        kv = cache.kv[self.config.n_layer + k - 1]
+        return self.block(head.block, x, kv, positions, copy)
+
+    def logits(self, k, hidden, vocab=None):
+        """GPT.logits"""
+        norm = self.model.norm if k == 0 else self.model.heads[k - 1].norm_out
+        return linear(hidden, self.weight[:vocab], norm=norm.weight)
+
+
+class FastDecoder(Decoder):
+    """decode.Decoder on a FastModel: the small operations around the kernels are compiled, and a
+    round is replayed as a CUDA graph. The random numbers are drawn outside of it: one seed gives
+    the same ones as in the plain Decoder"""
+
+    why = "the fast path (Triton kernels in a CUDA graph)"
+
+    def __init__(self, model, *args, **options):
+        super().__init__(FastModel(model), *args, **options)
+        if not self.n.is_cuda:                            # in tests
+            return
+        # every Decoder is another function to torch.compile
+        torch._dynamo.config.recompile_limit = 4096
+        torch._dynamo.config.accumulated_recompile_limit = 4096
+        self.window = torch.compile(self.window, dynamic=False)
+        self.propose = torch.compile(self.propose, dynamic=False)
+        self.accept = torch.compile(self.accept, dynamic=False)
+        self.advance = capture(self.advance)
+
+    def argmax(self, logits):
+        """in two steps: a GPU reads a long row in parallel only if it is cut into pieces"""
+        if logits.size(-1) <= 8192 or logits.size(-1) % 128:
+            return logits.argmax(-1)
+        value, index = logits.unflatten(-1, (-1, 128)).max(-1)
+        piece = value.argmax(-1, keepdim=True)
+        return (piece * 128 + index.gather(-1, piece)).squeeze(-1)
+
+
+@torch.no_grad()
+def capture(function):
+    """record the kernels of one call, to be replayed by one launch -> the replay"""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):                                # compile, and allocate what stays
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+# -----------------------------------------------------------------------------
+# launching the kernels
+
+
+def linear(
+    x, weight, norm=None, square_relu=False, residual=None, rows=None, second=None, copy=None
+):
+    """
+    x (B, T, in) -> x @ weight.T (B, T, out), weight (out, in). Before it RMSNorm with the weights
+    `norm`, after it relu^2, or the sum with `residual` (B, T, out). Up to MAX_ROWS rows in all, a
+    row's result is the same to the last bit whatever rows are beside it
+
+    rows    (B, T): take those rows of x, which is a cache (B, S, in) or a table (S, in)
+    second  (x, norm, rows) like these three; then [x ; its x] @ weight.T, weight (out, 2 in)
+    copy    (cache (B, S, out), rows (B, T)): write the result there, too
+    """
+    shape = x.shape[:-1] if rows is None else rows.shape  # (B, T)
+    M = shape.numel()
+    N = len(weight)
+    K = x.size(-1)
+    if M > MAX_ROWS:
+        return linear_by_torch(x, weight, norm, square_relu, residual, rows, second, copy)
+    x2, norm2, rows2 = second or (None, None, None)
+    copy_to, copy_rows = copy or (None, None)
+    tensors = []
+    for tensor in (x, norm, rows, x2, norm2, rows2, weight, residual):
+        tensors.append(None if tensor is None else tensor.contiguous())
+    if copy_rows is not None:
+        copy_rows = copy_rows.contiguous()
+        assert copy_to.is_contiguous()
+    check_types(x.dtype, (x2, weight, residual, copy_to), (rows, rows2, copy_rows))
+    strides = [slots_of(x, rows), slots_of(x2, rows2), slots_of(copy_to, copy_rows)]
+    out = x.new_empty(*shape, N)
+    BN, BK, warps, stages = tiles(N, K, second is not None)
+    skinny_matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, 16))](
+        *tensors, out, copy_to, copy_rows, M, N, shape[-1], *strides,
+        K=K, SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=warps,
+        num_stages=stages if x.element_size() == 2 else 2, **pdl_options(),
+    )
+    return out
+
+
+def check_types(dtype, matrices, indices):
+    assert all(x is None or x.dtype == dtype for x in matrices)
+    assert all(x is None or x.dtype == torch.int64 for x in indices)
+
+
+def slots_of(x, rows):
+    """rows of x per sequence of the batch: S of a cache (B, S, in), 0 for a table or no rows"""
+    return 0 if rows is None or x.dim() == 2 else x.size(1)
+
+
+def tiles(N, K, two):
+    """columns and depth of a program's tile, warps and stages, as timed on an H100. They fit the
+    99 KB of shared memory of a consumer GPU: (stages - 1) (BN + 16) BK numbers, twice as many with
+    `second`"""
+    if two:
+        return 8, 128, 2, 3
+    if N > 8192:
+        return 64, 64, 2, 3
+    if K > 1024:
+        return 8, 512, 2, 3
+    if N > 1024:
+        return 32, 128, 2, 3
+    return 8, 128, 2, 5
+
+
+def linear_by_torch(x, weight, norm, square_relu, residual, rows, second, copy):
+    """the same in plain PyTorch: for many rows, and the twin of skinny_matmul_kernel"""
+    inputs = [normed_rows(x, norm, rows)]
+    if second is not None:
+        inputs.append(normed_rows(*second))
+    y = F.linear(torch.cat(inputs, dim=-1), weight)
+    if square_relu:
+        y = F.relu(y).square()
+    if residual is not None:
+        y = y + residual
+    if copy is not None:
+        copy_to, copy_rows = copy
+        copy_to[torch.arange(len(y), device=y.device)[:, None], copy_rows] = y
+    return y
+
+
+def normed_rows(x, norm, rows):
+    if rows is not None and x.dim() == 2:
+        x = x[rows]
+    elif rows is not None:
+        x = x[torch.arange(len(x), device=x.device)[:, None], rows]
+    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm, 1e-5)
+
+
+def attention(qkv, rope, cache, pos, n_head, tile=16):
+    """qkv (B, T, 3 d) of T <= tile new tokens at positions pos (B, T) -> (B, T, d); writes their
+    keys and values into the cache, (B, H, S, hd) each. rope: all positions', (2, length, hd)"""
+    B, T, d = qkv.shape
+    d = d // 3
+    keys, values = cache
+    assert T <= tile and qkv.is_contiguous() and rope.is_contiguous()
+    assert keys.is_contiguous() and values.is_contiguous()
+    assert keys.dtype == values.dtype == qkv.dtype and rope.dtype == torch.float32
+    out = qkv.new_empty(B, T, d)
+    # slots at a time: what fits into shared memory
+    slots = max(16, min(128, 2**14 * n_head // (d * qkv.element_size())))
+    attention_kernel[(B * n_head,)](
+        qkv, keys, values, pos.contiguous(), rope, out, T, keys.size(2), rope.size(1), H=n_head,
+        HD=d // n_head, ROWS=tile, BS=slots, num_warps=4, **pdl_options(),
+    )
+    return out
+
+
+@functools.cache
+def pdl_options():
+    """programmatic dependent launch (Hopper and later): a kernel may be started while the one
+    before it still runs, and waits inside"""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return dict(PDL=False)
+    if torch.cuda.get_device_capability() < (9, 0) or not hasattr(tl.extra.cuda, "gdc_wait"):
+        return dict(PDL=False)
+    return dict(PDL=True, launch_pdl=True)
+
+
+# -----------------------------------------------------------------------------
+# the kernels
+
+
+if triton is not None:
+
+    @triton.jit
+    def row_index(rows_ptr, m, M, T, S):
+        """which row of a cache or a table row m of the batch means; without rows, row m"""
+        if rows_ptr is None:
+            index = m
+        else:  # no `return` in the middle: Triton compiles what follows it
+            index = tl.load(rows_ptr + m, mask=m < M, other=0) + m // T * S
+        return index
+
+    @triton.jit
+    def add_product(
+        y, square, x_ptr, norm_ptr, source, weight_ptr, n, m, k, M, N, stride, K: tl.constexpr
+    ):
+        """add the product of BK columns to y (16, BN), and their squares to `square` (16, BK)"""
+        w_ptr = weight_ptr + n[None, :].to(tl.int64) * stride + k[:, None]
+        w = tl.load(w_ptr, mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+        a_ptr = x_ptr + source[:, None] * K + k[None, :]
+        a = tl.load(a_ptr, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        if norm_ptr is not None:
+            a_32 = a.to(tl.float32)
+            square += a_32 * a_32
+            gain = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            a = (a_32 * gain[None, :]).to(a.dtype)
+        return tl.dot(a, w, y, input_precision="ieee"), square
+
+    # in plain PyTorch: linear_by_torch
+    @triton.jit
+    def skinny_matmul_kernel(
+        x_ptr, norm_ptr, rows_ptr, x2_ptr, norm2_ptr, rows2_ptr, weight_ptr, residual_ptr, out_ptr,
+        copy_ptr, copy_rows_ptr, M, N, T, S, S2, S3, K: tl.constexpr, SQUARE_RELU: tl.constexpr,
+        BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    ):
+        """BN columns of the output for 16 rows, as many as a tensor core takes. Its cost is reading
+        the weights once"""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        m = tl.program_id(1) * 16 + tl.arange(0, 16)
+        valid = (m < M)[:, None] & (n < N)[None, :]
+        y = tl.zeros((16, BN), tl.float32)
+        square = tl.zeros((16, BK), tl.float32)
+        y2 = y
+        square2 = square
+        source = row_index(rows_ptr, m, M, T, S)
+        if x2_ptr is None:
+            for start in range(0, K, BK):
+                k = start + tl.arange(0, BK)
+                y, square = add_product(
+                    y, square, x_ptr, norm_ptr, source, weight_ptr, n, m, k, M, N, K, K
+                )
+        else:  # both in one loop: their weights travel at the same time
+            source2 = row_index(rows2_ptr, m, M, T, S2)
+            for start in range(0, K, BK):
+                k = start + tl.arange(0, BK)
+                y, square = add_product(
+                    y, square, x_ptr, norm_ptr, source, weight_ptr, n, m, k, M, N, 2 * K, K
+                )
+                y2, square2 = add_product(
+                    y2, square2, x2_ptr, norm2_ptr, source2, weight_ptr + K, n, m, k, M, N, 2 * K, K
+                )
+        if norm_ptr is not None:  # the root mean square belongs to the row: divide at the end
+            y *= tl.rsqrt(tl.sum(square, 1) / K + 1e-5)[:, None]
+        if x2_ptr is not None:
+            if norm2_ptr is not None:
+                y2 *= tl.rsqrt(tl.sum(square2, 1) / K + 1e-5)[:, None]
+            y += y2
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        if SQUARE_RELU:
+            y = tl.maximum(y, 0.0)
+            y *= y
+        place = m[:, None] * N + n[None, :]
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + place, mask=valid, other=0.0).to(tl.float32)
+        y = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place, y, mask=valid)
+        if copy_ptr is not None:
+            copy_row = row_index(copy_rows_ptr, m, M, T, S3)
+            tl.store(copy_ptr + copy_row[:, None] * N + n[None, :], y, mask=valid)
+
+    # in plain PyTorch: model.rotate
+    @triton.jit
+    def load_rotated(x_ptr, row, rope_ptr, p, length, HD: tl.constexpr):
+        """the rows x[row : row + HD], rotated to positions p"""
+        i = tl.arange(0, HD)
+        sign = tl.where(i < HD // 2, -1.0, 1.0)
+        x = tl.load(x_ptr + row[:, None] + i[None, :]).to(tl.float32)
+        other = tl.load(x_ptr + row[:, None] + (i + HD // 2)[None, :] % HD).to(tl.float32)
+        cos = tl.load(rope_ptr + p[:, None] * HD + i[None, :])
+        sin = tl.load(rope_ptr + (length + p)[:, None] * HD + i[None, :])
+        return x * cos + other * sign[None, :] * sin
+
+    # in plain PyTorch: model.Attention.attend_to_cache
+    @triton.jit
+    def attention_kernel(
+        qkv_ptr, keys_ptr, values_ptr, pos_ptr, rope_ptr, out_ptr, T, S, length, H: tl.constexpr,
+        HD: tl.constexpr, ROWS: tl.constexpr, BS: tl.constexpr, PDL: tl.constexpr,
+    ):
+        """one attention head of one sequence: rotate q and k, write k and v, then softmax(q k) v
+        over the cache, BS slots at a time"""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        b = tl.program_id(0) // H
+        h = tl.program_id(0) % H
+        t = tl.arange(0, ROWS)
+        i = tl.arange(0, HD)
+        valid = (t < T)[:, None]
+        t = tl.minimum(t, T - 1)  # rows past the last repeat it
+        p = tl.load(pos_ptr + b * T + t).to(tl.int32)
+        row = (b * T + t) * 3 * H * HD + h * HD
+        dtype = keys_ptr.dtype.element_ty
+        q = load_rotated(qkv_ptr, row, rope_ptr, p, length, HD)
+        q = (q * HD**-0.5).to(dtype)
+        k_new = load_rotated(qkv_ptr, row + H * HD, rope_ptr, p, length, HD).to(dtype)
+        v_new = tl.load(qkv_ptr + (row + 2 * H * HD)[:, None] + i[None, :])
+        own = tl.program_id(0).to(tl.int64) * S * HD
+        slot = own + p[:, None] * HD + i[None, :]
+        tl.store(keys_ptr + slot, k_new, mask=valid)
+        tl.store(values_ptr + slot, v_new, mask=valid)
+        tl.debug_barrier()  # what one thread wrote, others read below
+        m = tl.full((ROWS,), -float("inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        y = tl.zeros((ROWS, HD), tl.float32)
+        # slots past a row's position change nothing, not even a bit
+        for start in range(0, tl.max(p, 0) + 1, BS):
+            s = start + tl.arange(0, BS)
+            place = own + s[:, None] * HD + i[None, :]
+            k = tl.load(keys_ptr + place, mask=(s < S)[:, None], other=0.0)
+            v = tl.load(values_ptr + place, mask=(s < S)[:, None], other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            score = tl.where(s[None, :] <= p[:, None], score, -float("inf"))
+            top = tl.maximum(m, tl.max(score, 1))
+            e = tl.exp(score - top[:, None])
+            scale = tl.exp(m - top)
+            total = total * scale + tl.sum(e, 1)
+            y = y * scale[:, None] + tl.dot(e.to(dtype), v, input_precision="ieee")
+            m = top
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+        place = (b * T + t)[:, None] * H * HD + h * HD + i[None, :]
+        tl.store(out_ptr + place, (y / total[:, None]).to(dtype), mask=valid)
