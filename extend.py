@@ -4,7 +4,7 @@ extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, 
     python extend.py out/tiny/ckpt.pt --heads 8              4 -> 8 heads, training the new ones; writes out/tiny-8/ckpt.pt
     python extend.py out/tiny/ckpt.pt --heads 8 --steps 0    the training-free pilot: only the copy
     python extend.py out/tiny-8/ckpt.pt --heads 16           and again
-    python extend.py --resume out/tiny-8/ckpt.pt             go on with an extension that was stopped
+    python extend.py --resume out/tiny-8/ckpt.pt             continue an extension that was stopped
     python extend.py -h                                      every flag, its default and its meaning
 
 Head m+j starts as a copy of head j, and reads the head before it, so that the cascade goes on:
@@ -23,6 +23,19 @@ from pathlib import Path
 import torch
 
 import train
+from common import (
+    UserError,
+    check_flags,
+    flag,
+    keep_old,
+    load_checkpoint,
+    parse,
+    pick_device,
+    pick_dtype,
+    processes,
+    run,
+    save_checkpoint,
+)
 from model import GPT
 
 
@@ -51,117 +64,174 @@ def freeze_all_but(model, heads):
 
 @dataclasses.dataclass
 class ExtendConfig:
-    heads: int = train.knob(0, "how many MTP heads the new model has; 0: twice as many")
-    steps: int = train.knob(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained the first heads")
-    out: str = train.knob("", "folder for ckpt.pt and log.jsonl; empty: the checkpoint's folder with -HEADS added")
-    one_at_a_time: bool = train.knob(False, "train the new heads one after the other, not as a group (the paper's way)")
-    data: str = train.knob("", "data-set folder or source; empty: the one that the checkpoint was trained on")
-    lr: float = train.knob(0.0, "peak learning rate; 0: the checkpoint's")
-    beta: str = train.knob("", "weight of the KL to the main head; empty: the checkpoint's")
-    batch_size: int = train.knob(0, "windows per step; 0: the checkpoint's")
-    micro_batch: int = train.knob(-1, "windows per forward; -1: the checkpoint's")
-    eval_every: int = train.knob(0, "steps between evaluations, each with a checkpoint; 0: the checkpoint's")
-    eval_windows: int = train.knob(0, "validation windows; 0: the checkpoint's")
-    seed: int = train.knob(0, "seed of the batches; 0: the checkpoint's")
-    device: str = train.knob("auto", "cpu | cuda | mps")
-    compile: str = train.knob("auto", "off | blocks | model; auto: model on CUDA, else off")
+    heads: int = flag(0, "how many MTP heads the new model has; 0: twice as many", min=0)
+    steps: int = flag(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained the "
+                      "first heads", min=-1)
+    out: str = flag("", "folder for ckpt.pt and log.jsonl; empty: the checkpoint's folder with -HEADS "
+                    "added, or the resumed checkpoint's folder")
+    data: str = flag("", "dataset folder or source; empty: the one the checkpoint was trained on")
+    lr: float = flag(0.0, "peak learning rate; 0: the checkpoint's", min=0)
+    beta: str = flag("", "weight of the KL to the main head; empty: the checkpoint's")
+    batch_size: int = flag(0, "windows per step; 0: the checkpoint's", min=0)
+    micro_batch: int = flag(-1, "windows per forward; -1: the checkpoint's", min=-1)
+    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; 0: the checkpoint's", min=0)
+    eval_windows: int = flag(0, "validation windows; 0: the checkpoint's", min=0)
+    seed: int = flag(0, "seed of the batches; 0: the checkpoint's", min=0)
+    device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps (untested)")
+    compile: str = flag("auto", "off | blocks | model; auto: model on CUDA where that works, else off",
+                        choices=("auto", "off", "blocks", "model"))
+
+
+TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "compile")     # no use without steps
+
+
+def first_steps(meta):
+    """of the training that made the first heads"""
+    before = meta.get("extension", {})
+    return before.get("first_steps", meta["train_config"]["steps"])
 
 
 def extension_config(meta, model, given, m):
     """the checkpoint's train config, changed for training heads m+1 .. of `model`"""
-    flags = dataclasses.asdict(ExtendConfig(**given))
-    base = train.TrainConfig(**meta["train_config"])
-    first = meta.get("extension", {}).get("first_steps", base.steps)       # of the training that made the first heads
-    steps = flags["steps"] if flags["steps"] >= 0 else max(1, first // 5)
-    kept = {name: flags[name] for name in ("data", "lr", "beta", "batch_size", "eval_every", "eval_windows", "seed") if flags[name]}
-    if flags["micro_batch"] >= 0:
-        kept["micro_batch"] = flags["micro_batch"]
+    flags = ExtendConfig(**given)
+    base = train.stored_config(meta)
+    steps = flags.steps if flags.steps >= 0 else max(1, first_steps(meta) // 5)
+    kept = {}
+    for name in ("data", "lr", "beta", "batch_size", "eval_every", "eval_windows", "seed"):
+        if getattr(flags, name):
+            kept[name] = getattr(flags, name)
+    if flags.micro_batch >= 0:
+        kept["micro_batch"] = flags.micro_batch
     elif "batch_size" in kept:
         kept["micro_batch"] = 0
-    cfg = dataclasses.replace(base, **kept, n_mtp=m, out=flags["out"], device=flags["device"], compile=flags["compile"], steps=steps,
-                              keep_best=False,                 # the main head's loss is frozen: it can't say which is best
-                              warmup=min(base.warmup, steps // 10),
-                              kl_start=0.0, kl_ramp=0.0)       # the teacher is trained and frozen: learn from it at once
-    alpha, beta = train.weights(cfg)
+    cfg = dataclasses.replace(
+        base, **kept, n_mtp=m, out=flags.out, device=flags.device, compile=flags.compile,
+        steps=steps, schedule_steps=0, warmup=min(base.warmup, steps // 10),
+        keep_best=False,                       # the main head is frozen: its loss can't say which is best
+        kl_start=0.0, kl_ramp=0.0,             # the teacher is trained and frozen: learn from it at once
+    )
+    alpha, beta = train.head_weights(cfg)
     cfg.n_mtp = model.config.n_mtp
-    # the new heads weigh what the last trained one did; the frozen ones nothing
-    cfg.alpha, cfg.beta = (",".join(str(next((x for x in reversed(w) if x), 0.0) if k >= m else 0.0) for k in range(cfg.n_mtp))
-                           for w in (alpha, beta))
+    cfg.alpha = new_weights(alpha, m, cfg.n_mtp)
+    cfg.beta = new_weights(beta, m, cfg.n_mtp)
     return train.check(cfg)
 
 
-def stage_config(cfg, heads):
-    """cfg with alpha and beta 0 but for the given heads: distill.py skips rows that weigh nothing"""
-    alpha, beta = (",".join(str(w if k in heads else 0.0) for k, w in enumerate(ws)) for ws in train.weights(cfg))
-    return dataclasses.replace(cfg, alpha=alpha, beta=beta)
+def new_weights(old, m, n):
+    """weights of m heads -> those of n, as a flag: the new ones have the weight of the last one that was
+    trained, the frozen ones none (distill.py leaves out heads that weigh nothing)"""
+    last = next((weight for weight in reversed(old) if weight), 0.0)
+    return ",".join(str(weight) for weight in [0.0] * m + [last] * (n - m))
+
+
+def output_folder(path, out, n):
+    """--out, or beside the checkpoint's folder: X/ckpt.pt -> X-8, X/best.pt -> X-best-8"""
+    folder = path.resolve().parent if not path.parent.name else path.parent
+    name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"
+    target = Path(out) if out else folder.with_name(f"{name}-{n}")
+    if target.resolve() == path.resolve().parent:
+        raise UserError(f"--out {target} is the folder of {path} itself, which would be overwritten; "
+                        "give another one")
+    return str(target)
+
+
+def begin(path, model, meta, given):
+    """a new extension -> (looped model, TrainConfig, plan: what the checkpoint says of the extension)"""
+    m, flags = model.config.n_mtp, ExtendConfig(**given)
+    check_flags(flags)
+    useless = [f"--{name}" for name in TRAINING if name in given and flags.steps == 0]
+    if useless:
+        raise UserError(f"{', '.join(useless)} has no effect with --steps 0, which only copies; leave it out")
+    try:
+        model = loop_heads(model, flags.heads or 2 * m)
+    except ValueError as error:                # "heads is 2; this model has .."
+        raise UserError(str(error)) from None
+    n = model.config.n_mtp
+    out = output_folder(path, flags.out, n)
+    cfg = extension_config(meta, model, {**given, "out": out}, m)
+    sources = meta.get("extension", {}).get("copied_from", [0] * m)
+    copied_from = sources + [k % m + 1 for k in range(m, n)]
+    return model, cfg, dict(from_heads=m, copied_from=copied_from, first_steps=first_steps(meta))
+
+
+def resume(path, meta, given):
+    """-> (TrainConfig, plan) of an extension that was stopped"""
+    other = [f"--{name}" for name in given if name not in ("out", "device")]
+    if "extension" not in meta:
+        raise UserError(f"{path} was not written by extend.py: resume it with `python train.py --resume {path}`")
+    if other:
+        raise UserError(f"--resume continues the extension as it was begun; leave out {', '.join(other)}")
+    plan, cfg = meta["extension"], train.stored_config(meta)
+    if len(plan.get("stages", [0])) > 1:
+        raise UserError(f"{path} trains its heads one at a time, which this version does not have; "
+                        "resume it with the version that wrote it")
+    cfg.out = given.get("out") or str(path.parent)
+    cfg.device = given.get("device", cfg.device)
+    if cfg.steps:
+        train.check_resumable(path, cfg.out, meta)
+    return cfg, plan
 
 
 def comparison(before, after, m):
     lines = [f"{'head':>5} {'AR copied':>10} {'trained':>8}   {'CAR copied':>10} {'trained':>8}"]
     for k in range(len(after["ar"])):
-        lines.append(f"{k + 1:>5} {before['ar'][k]:10.3f} {after['ar'][k]:8.3f}   {before['car'][k]:10.3f} {after['car'][k]:8.3f}"
-                     + ("   frozen" if k < m else ""))
-    return "\n".join(lines + [f"tokens per forward: {1 + sum(before['car'][:m]):.2f} with {m} heads, "
-                              f"{before['tokens_per_forward']:.2f} copied, {after['tokens_per_forward']:.2f} trained"])
+        line = f"{k + 1:>5} {before['ar'][k]:10.3f} {after['ar'][k]:8.3f}   "
+        line += f"{before['car'][k]:10.3f} {after['car'][k]:8.3f}"
+        lines.append(line + ("   frozen" if k < m else ""))
+    first = 1 + sum(before["car"][:m])
+    lines.append(f"tokens per forward: {first:.2f} with {m} heads, {before['tokens_per_forward']:.2f} "
+                 f"copied, {after['tokens_per_forward']:.2f} trained")
+    return "\n".join(lines)
 
 
 def main():
-    given, rest = train.parse(ExtendConfig, __doc__, [
-        ("checkpoint", dict(nargs="?", default="", metavar="CKPT", help="the checkpoint to extend")),
-        ("--resume", dict(default="", metavar="CKPT", help="go on with the extension that wrote this checkpoint")),
-        ("--json", dict(action="store_true", help="print the results as one JSON document on the last line"))])
-    if bool(rest["checkpoint"]) == bool(rest["resume"]):
-        raise ValueError("give one checkpoint: `extend.py CKPT --heads N`, or `extend.py --resume CKPT`")
-    device = train.pick_device(given.get("device", "auto"))
+    given, rest = parse(ExtendConfig, __doc__, [
+        ("checkpoint", dict(nargs="?", metavar="CKPT", help="the checkpoint to extend")),
+        ("--resume", dict(metavar="CKPT", help="continue the extension that wrote this checkpoint")),
+        ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
+    ])
+    resumed = rest["resume"] is not None
+    if resumed == (rest["checkpoint"] is not None):
+        raise UserError("give one checkpoint: `extend.py CKPT --heads N`, or `extend.py --resume CKPT`")
+    if processes()[1] > 1:
+        raise UserError("extend.py runs in one process; start it without torchrun")
+
+    # model, plan and data
+    path = Path(rest["resume"] if resumed else rest["checkpoint"])
+    device = pick_device(given.get("device", "auto"))
     torch.set_float32_matmul_precision("high")
-    path = Path(rest["resume"] or rest["checkpoint"])
-    model, meta = train.load_checkpoint(path, device)
-    if rest["resume"]:
-        if "extension" not in meta:
-            raise ValueError(f"{path} is no extension: `train.py --resume` goes on with it")
-        if given:
-            raise ValueError(f"--resume goes on with the extension as it was begun; leave out {', '.join(given)}")
-        plan, cfg, state = meta["extension"], train.TrainConfig(**meta["train_config"]), meta
-        first, start = plan["stage"], meta["step"]
+    model, meta = load_checkpoint(path, device)
+    if resumed:
+        cfg, plan = resume(path, meta, given)
     else:
-        m, flags = model.config.n_mtp, ExtendConfig(**given)
-        model = loop_heads(model, flags.heads or 2 * m)
-        n = model.config.n_mtp
-        folder = path.parent if path.parent.name else path.resolve().parent
-        given["out"] = flags.out or str(folder.with_name(f"{folder.name}-{n}"))
-        cfg, state, first, start = extension_config(meta, model, given, m), None, 0, 0
-        new = list(range(m, n))
-        sources = meta.get("extension", {}).get("copied_from", [0] * m)
-        stages = [[k] for k in new] if flags.one_at_a_time else [new]
-        plan = dict(from_heads=m, copied_from=sources + [k % m + 1 for k in new], stages=stages, stage=0, alpha=cfg.alpha, beta=cfg.beta,
-                    first_steps=meta.get("extension", {}).get("first_steps", meta["train_config"]["steps"]))
-        if flags.one_at_a_time:
-            cfg.steps = -(-cfg.steps // len(new))
-    data, val, data_meta = train.open_data(cfg)
-    if data_meta["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(f"{cfg.data} was made with another tokenizer than {path}: pass --data with the set it was trained on")
-    dtype, m = train.pick_dtype(cfg.dtype, device)[0], plan["from_heads"]
-    print(f"{m} -> {model.config.n_mtp} heads, new ones copied from heads {plan['copied_from'][m:]}; writing to {cfg.out}")
-    before = plan.get("before") or train.evaluate(model, val, cfg, device, dtype)
-    plan["before"] = after = before
-    cfg = dataclasses.replace(cfg, alpha=plan["alpha"], beta=plan["beta"])
-    for stage in range(first, len(plan["stages"])):
-        heads = plan["stages"][stage]
-        freeze_all_but(model, heads)
-        if cfg.steps > start:
-            after = train.fit(model, stage_config(cfg, heads), data, val, data_meta, start, state,
-                              extra={"extension": {**plan, "stage": stage}}, append=stage > 0)
-        elif state:                                            # --resume of an extension that was at its end already
-            after = train.evaluate(model, val, cfg, device, dtype)
-        state, start = None, 0
+        model, cfg, plan = begin(path, model, meta, given)
+    data = train_ids, val_ids, data_meta = train.open_data(cfg)
+    train.check_data(path, cfg, data_meta, meta, same_text=resumed)
+    dtype, _ = pick_dtype(cfg.dtype, device)
+    m, n = plan["from_heads"], model.config.n_mtp
+    print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; writing to {cfg.out}")
+
+    # evaluate the copy, train the new heads
+    if "before" not in plan:
+        plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
+    after = plan["before"]
+    freeze_all_but(model, range(m, n))
+    start, state = (meta["step"], meta) if resumed else (0, None)
     if cfg.steps == 0:
-        train.save_checkpoint(Path(cfg.out) / "ckpt.pt", model, tokenizer=meta["tokenizer"], step=0, train_config=dataclasses.asdict(cfg),
-                              best_loss=after["loss"][0], data_sha256=data_meta["sha256"], extension=plan)
-    print(comparison(before, after, m))
+        if not resumed:
+            keep_old(cfg.out)
+            save_checkpoint(Path(cfg.out) / "ckpt.pt", model, tokenizer=meta["tokenizer"], step=0,
+                            train_config=dataclasses.asdict(cfg), best_loss=after["loss"][0],
+                            data_sha256=data_meta["sha256"], extension=plan)
+    elif cfg.steps > start or not meta.get("evaluated", True):
+        after = train.train(model, cfg, *data, start, state, extra={"extension": plan})
+    else:                                      # an extension that was at its end already
+        after = train.evaluate(model, val_ids, cfg, device, dtype)
+    print(comparison(plan["before"], after, m))
     print(f"checkpoint {cfg.out}/ckpt.pt")
     if rest["json"]:
-        print(json.dumps(dict(before=before, after=after)))
+        print(json.dumps(dict(before=plan["before"], after=after)))
 
 
 if __name__ == "__main__":
-    train.run(main)
+    run(main)

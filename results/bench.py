@@ -66,7 +66,9 @@ def read_prompts(cfg, tokenizer, meta, model):
         if not prompts:
             raise ValueError(f"{cfg.prompts} holds no prompt; expected lines of text, or .jsonl with a text, prompt or question field")
         return prompts[: cfg.count]
-    train_cfg = train.TrainConfig(**{**meta["train_config"], **({"data": cfg.data, "tokenizer": ""} if cfg.data else {})})
+    train_cfg = train.stored_config(meta)
+    if cfg.data:
+        train_cfg = dataclasses.replace(train_cfg, data=cfg.data, tokenizer="")
     _, val, data_meta = train.open_data(train_cfg)
     if data_meta["tokenizer"] != meta["tokenizer"]:
         raise ValueError(f"{train_cfg.data} was made with another tokenizer than the checkpoint: pass --data or --prompts")
@@ -258,16 +260,10 @@ def time_steps(models, device, dtype, steps=20):
             before[model] = torch.cuda.memory_allocated() if cuda else 0
             optimizers[model] = train.make_optimizer(model.to(device), cfg)
             if cuda and cfg.compile != "off":
-                with train.autocast(device, dtype):
-                    train.compile_model(model, "blocks" if cfg.compile == "blocks" else "model", text(model, cfg, B), cfg)
+                train.compile_model(model, cfg, text(model, cfg, B), dtype)
 
         def one(model=model, cfg=cfg, B=B):
-            with train.autocast(device, dtype):
-                train.micro_step(model, model, cfg, text(model, cfg, B), 1.0, 1.0)
-            if cfg.clip:
-                train.clip_gradients(model, cfg)
-            optimizers[model].step()
-            optimizers[model].zero_grad(set_to_none=True)
+            train.train_step(model, model, optimizers[model], cfg, cfg.steps, [text(model, cfg, B)], dtype)
 
         for _ in range(5):
             one()

@@ -51,7 +51,7 @@ def curves(model, val, cfg, device, dtype):
     starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
     sums = {k: torch.zeros(4, len(EDGES), dtype=torch.float64) for k in {1, K}}
     for at in range(0, len(starts), 8):
-        tokens = train.windows(val, starts[at : at + 8], T, device)
+        tokens = train.get_batch(val, starts[at : at + 8], T, device)
         with train.autocast(device, dtype):
             hidden = model(tokens[:, :-1])
             main = hidden[0] @ W.T.to(hidden[0].dtype)                         # (B, T, V)
@@ -67,7 +67,7 @@ def curves(model, val, cfg, device, dtype):
 def measure(path):
     """a checkpoint on its own validation data -> dict(checkpoint, edges, heads)"""
     model, meta = train.load_checkpoint(path)
-    cfg = train.TrainConfig(**meta["train_config"])
+    cfg = train.stored_config(meta)
     device = train.pick_device(cfg.device)
     if not model.config.n_mtp:
         raise ValueError(f"{path} is a plain GPT: it has no heads, and so no drafts")

@@ -1,7 +1,8 @@
-"""extend.py: heads copied and looped, the old ones untouched, resume, one at a time, exact decoding, bad input."""
+"""extend.py: heads copied and looped, the old ones untouched, resume, exact decoding, bad input."""
 import dataclasses
 import json
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def base(tmp_path_factory):
     cfg = train.make_config({**BASE, "data": str(data), "out": str(folder / "toy")})
     torch.manual_seed(1)
     model = GPT(GPTConfig(257, **{name: BASE[name] for name in SHAPE})).double()
-    train.fit(model, cfg, *train.open_data(cfg), quiet=True)
+    train.train(model, cfg, *train.open_data(cfg), quiet=True)
     return folder / "toy/ckpt.pt"
 
 
@@ -64,7 +65,7 @@ def call(monkeypatch, *argv):
 
 def extended(monkeypatch, base, out, *argv):
     call(monkeypatch, base, "--out", out, *argv)
-    return train.load_checkpoint(Path(out) / "ckpt.pt")
+    return common.load_checkpoint(Path(out) / "ckpt.pt")
 
 
 def evaluate_every(monkeypatch, steps):
@@ -150,7 +151,7 @@ def test_no_steps_is_only_the_copy(base, tmp_path, monkeypatch, capsys):
     model, meta = extended(monkeypatch, base, tmp_path, "--heads", 5, "--steps", 0, "--json")
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
-    old, first = train.load_checkpoint(base)
+    old, first = common.load_checkpoint(base)
     assert all(map(torch.equal, weights(model).values(), weights(loop_heads(old, 5)).values()))
     assert result["before"] == result["after"] and len(result["after"]["car"]) == 5
     assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1]
@@ -160,7 +161,7 @@ def test_no_steps_is_only_the_copy(base, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("n", [8, 16])
 def test_decoding_is_still_the_plain_text(base, n):
-    old = train.load_checkpoint(base)[0]
+    old = common.load_checkpoint(base)[0]
     model = loop_heads(old, n)
     for weight in model.heads[2].parameters():                           # a head that has learned something of its own
         weight.data.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.02)
@@ -179,7 +180,7 @@ def test_decoding_is_still_the_plain_text(base, n):
 
 
 def test_training_moves_the_new_heads_alone(base, tmp_path, monkeypatch, capsys):
-    old, first = train.load_checkpoint(base)
+    old, first = common.load_checkpoint(base)
     start = weights(loop_heads(old, 4))
     model, meta = extended(monkeypatch, base, tmp_path, "--steps", 8, "--json")       # --heads: twice as many
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -192,7 +193,7 @@ def test_training_moves_the_new_heads_alone(base, tmp_path, monkeypatch, capsys)
     held = [entry["exp_avg"].numel() for entry in meta["optimizer"]["state"].values()]
     assert sorted(held) == sorted(start[name].numel() for name in names(model, [2, 3]))
     plan, cfg = meta["extension"], meta["train_config"]
-    assert (plan["from_heads"], plan["copied_from"], plan["stages"]) == (2, [0, 0, 1, 2], [[2, 3]])
+    assert (plan["from_heads"], plan["copied_from"]) == (2, [0, 0, 1, 2])
     assert (cfg["alpha"], cfg["beta"], cfg["kl_start"], cfg["kl_ramp"]) == ("0.0,0.0,0.2,0.2", "0.0,0.0,0.5,0.5", 0, 0)
     assert (cfg["n_mtp"], cfg["steps"], cfg["lr"]) == (4, 8, first["train_config"]["lr"])
     assert meta["best_loss"] == before["loss"][0]
@@ -210,26 +211,23 @@ def log_rows(out):
 
 
 def test_frozen_parts_have_no_gradient_and_no_dropout(base, tmp_path, monkeypatch):
-    seen, step, loss, make = [], train.micro_step, train.distill.mtp_loss, train.make_optimizer
-
-    def spy_step(net, model, *args):
-        parts = [part.training for part in (*model.blocks, *model.heads, model.drop)]
-        assert parts == [False, False, False, True, True, False]
-        assert not any(part.training for part in model.heads[1].modules()) and model.heads[2].block.drop.training
-        out = step(net, model, *args)
-        assert {name for name, p in model.named_parameters() if p.grad is not None} == names(model, [2, 3])
-        return out
+    seen, loss, make = [], train.distill.mtp_loss, train.make_optimizer
 
     def spy_loss(hidden, weight, *args, **options):
         seen.append(([h.requires_grad for h in hidden], weight.requires_grad, options["ramp"]))
         return loss(hidden, weight, *args, **options)
 
-    def spy_optimizer(model, cfg):
-        out = make(model, cfg)
+    def spy_optimizer(model, *args):
+        def before_step(optimizer, *_):
+            parts = [part.training for part in (*model.blocks, *model.heads, model.drop)]
+            assert parts == [False, False, False, True, True, False]
+            assert not any(part.training for part in model.heads[1].modules()) and model.heads[2].block.drop.training
+            assert {name for name, p in model.named_parameters() if p.grad is not None} == names(model, [2, 3])
+        out = make(model, *args)
+        out.register_step_pre_hook(before_step)
         held = {id(p) for group in out.param_groups for p in group["params"]}
         assert {name for name, p in model.named_parameters() if id(p) in held} == names(model, [2, 3])
         return out
-    monkeypatch.setattr(train, "micro_step", spy_step)
     monkeypatch.setattr(train.distill, "mtp_loss", spy_loss)
     monkeypatch.setattr(train, "make_optimizer", spy_optimizer)
     evaluate_every(monkeypatch, 1)                                       # .. nor do they come back after an evaluation
@@ -243,7 +241,7 @@ def test_extending_an_extension(base, tmp_path, monkeypatch):
                            "--steps", 3, "--heads", 7, "--beta", "1.5", "--lr", 0.01)
     assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1, 2, 3] and meta["extension"]["from_heads"] == 4
     cfg = train.TrainConfig(**meta["train_config"])
-    assert train.weights(cfg) == [[0] * 4 + [0.2] * 3, [0] * 4 + [1.5] * 3] and cfg.lr == 0.01
+    assert train.head_weights(cfg) == [[0] * 4 + [0.2] * 3, [0] * 4 + [1.5] * 3] and cfg.lr == 0.01
     assert moved(weights(loop_heads(four, 7)), weights(model)) == names(model, [4, 5, 6])
 
 
@@ -252,10 +250,10 @@ def both(monkeypatch, base, tmp_path, argv, stops):
     whole = extended(monkeypatch, base, tmp_path / "whole", *argv)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
         stop_at(patch, *stops)
-        train.run(lambda: extended(patch, base, tmp_path / "cut", *argv))
+        common.run(lambda: extended(patch, base, tmp_path / "cut", *argv))
     torch.manual_seed(99)
     call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")
-    return whole, train.load_checkpoint(tmp_path / "cut/ckpt.pt")
+    return whole, common.load_checkpoint(tmp_path / "cut/ckpt.pt")
 
 
 def assert_same_end(whole, cut):
@@ -276,42 +274,76 @@ def test_resuming_an_extension_equals_not_stopping(base, tmp_path, monkeypatch):
     call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")              # nothing is left to do, and nothing happens ..
     (before, after), = shown
     assert before[:3] == after[:3] and before[3:] != after[3:]           # .. but the trained heads are still shown as trained
-    assert_same_end(whole, train.load_checkpoint(tmp_path / "cut/ckpt.pt"))
+    assert_same_end(whole, common.load_checkpoint(tmp_path / "cut/ckpt.pt"))
 
 
-@pytest.mark.parametrize("stops", [(0, 2), (1, 3)])                      # before the second stage, and within the third
-def test_one_at_a_time(base, tmp_path, monkeypatch, stops):
-    stages, fit = [], train.fit
-
-    def spy(model, cfg, *args, **options):
-        before = weights(model)
-        out = fit(model, cfg, *args, **options)
-        stages.append((moved(before, weights(model)), train.weights(cfg), cfg.steps))
-        return out
-    monkeypatch.setattr(train, "fit", spy)
-    whole, cut = both(monkeypatch, base, tmp_path, ["--steps", 5, "--heads", 5, "--one_at_a_time"], stops)
-    for k in (2, 3, 4):                                                  # 5 steps for 3 heads: 2 each
-        only = [float(k == i) for i in range(5)]
-        assert stages[k - 2] == (names(whole[0], [k]), [[0.2 * x for x in only], [0.5 * x for x in only]], 2)
-    assert len(whole[1]["extension"]["stages"]) == 3 and whole[1]["extension"]["stage"] == 2
-    assert_same_end(whole, cut)
-    rows = log_rows(tmp_path / "whole")                                  # one log for all stages
-    assert [row.get("start", row.get("step")) for row in rows if "val" not in row] == [0, 1, 2] * 3
+def test_extending_heads_that_were_trained_one_at_a_time(base):
+    """checkpoints of earlier versions: in the last stage only the last head had a weight"""
+    meta, model = common.load_checkpoint(base)[1], make_model(5)
+    meta["train_config"].update(n_mtp=4, alpha="0,0,0,0.2", beta="0,0,0,0.5")
+    for weights in ("0,0,0,0.2", "0,0,0.2,0"):                           # .. which may never have come
+        meta["train_config"]["alpha"] = weights
+        cfg = extend.extension_config(meta, model, {"out": "x"}, 4)
+        assert train.head_weights(cfg) == [[0] * 4 + [0.2], [0] * 4 + [0.5]]
 
 
-def test_extending_a_checkpoint_whose_last_stage_never_came(base, tmp_path, monkeypatch):
+def test_an_extension_is_resumed_where_it_lies(base, tmp_path, monkeypatch):
+    extended(monkeypatch, base, tmp_path / "a", "--steps", 4)
+    evaluate_every(monkeypatch, 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 0, 2)
-        extended(patch, base, tmp_path / "4", "--steps", 2, "--one_at_a_time")
-    meta = extended(monkeypatch, tmp_path / "4/ckpt.pt", tmp_path / "5", "--steps", 1, "--heads", 5)[1]
-    assert train.weights(train.TrainConfig(**meta["train_config"])) == [[0] * 4 + [0.2], [0] * 4 + [0.5]]
+        stop_at(patch, 3)
+        extended(patch, base, tmp_path / "b", "--steps", 4)
+    (tmp_path / "b").rename(tmp_path / "c")
+    extended(monkeypatch, base, tmp_path / "b", "--steps", 2)            # another run in its former place
+    before = (tmp_path / "b/ckpt.pt").read_bytes(), (tmp_path / "b/log.jsonl").read_bytes()
+    with pytest.raises(common.UserError, match="another checkpoint.*--out"):
+        call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt", "--out", tmp_path / "b")
+    call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt", "--out", tmp_path / "d", "--device", "cpu")
+    call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt")
+    ends = [common.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("a", "c", "d")]
+    for model, meta in ends[1:]:
+        assert meta["step"] == 4 and not moved(weights(ends[0][0]), weights(model))
+    assert before == ((tmp_path / "b/ckpt.pt").read_bytes(), (tmp_path / "b/log.jsonl").read_bytes())
+    changed = tmp_path / "changed.txt"
+    changed.write_text(TEXT[1:], encoding="utf-8")
+    folder = P.prepare(changed, "bytes", tmp_path / "changed", quiet=True)
+    raw = torch.load(tmp_path / "c/ckpt.pt", weights_only=True)
+    raw["train_config"]["data"] = str(folder)
+    torch.save({**raw, "step": 2}, tmp_path / "c/ckpt.pt")
+    with pytest.raises(common.UserError, match="another text"):
+        call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt")
+    raw["extension"]["stages"] = [[2], [3]]
+    torch.save(raw, tmp_path / "c/ckpt.pt")
+    with pytest.raises(common.UserError, match="one at a time"):
+        call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt")
+
+
+def test_nothing_of_another_run_is_overwritten(base, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "x"
+    shutil.copytree(base.parent, source)
+    shutil.copy(source / "ckpt.pt", source / "best.pt")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for steps in (0, 2):                                                 # over its own source, by whatever name
+        for name, out in (("ckpt.pt", source), ("best.pt", source), ("ckpt.pt", source / ".." / "x")):
+            with pytest.raises(common.UserError, match="is the folder of .* itself"):
+                call(monkeypatch, source / name, "--out", out, "--steps", steps)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    for name, folder in (("ckpt.pt", "x-4"), ("best.pt", "x-best-4")):
+        call(monkeypatch, source / name, "--steps", 0)
+        assert (tmp_path / folder / "ckpt.pt").exists() and not list((tmp_path / folder).glob("*.old*"))
+    for steps in (1, 0):
+        capsys.readouterr()
+        before = (tmp_path / "x-4/ckpt.pt").read_bytes()
+        call(monkeypatch, source / "ckpt.pt", "--steps", steps)
+        assert (tmp_path / "x-4/ckpt.old.pt").read_bytes() == before     # the earlier extension is kept
+        assert "kept as ckpt.old.pt" in capsys.readouterr().out
 
 
 # ---- the command
 
 
 def test_defaults_come_from_the_checkpoint(base, tmp_path, monkeypatch):
-    meta, model = train.load_checkpoint(base)[1], make_model(4)
+    meta, model = common.load_checkpoint(base)[1], make_model(4)
     cfg = extend.extension_config(meta, model, {"out": "x"}, 2)
     kept = ("data", "lr", "batch_size", "micro_batch", "eval_windows", "seed", "dtype", "block_size", "top_n")
     assert {name: getattr(cfg, name) for name in kept} == {name: meta["train_config"][name] for name in kept}
@@ -320,10 +352,10 @@ def test_defaults_come_from_the_checkpoint(base, tmp_path, monkeypatch):
     small = {**meta, "train_config": {**meta["train_config"], "micro_batch": 8}}
     cfg = extend.extension_config(small, model, given, 2)
     assert {**{name: getattr(cfg, name) for name in given}, "beta": "0"} == given
-    assert cfg.micro_batch == 0 and train.weights(cfg) == [[0, 0, 0.2, 0.2], [0] * 4]
+    assert cfg.micro_batch == 0 and train.head_weights(cfg) == [[0, 0, 0.2, 0.2], [0] * 4]
     monkeypatch.chdir(base.parent)                                       # a bare file name has a folder too
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", lambda path, *args, **rest: seen.append(path))
+        patch.setattr(extend, "save_checkpoint", lambda path, *args, **rest: seen.append(path))
         seen = []
         call(patch, "ckpt.pt", "--heads", 3, "--steps", 0)
         call(patch, base, "--heads", 3, "--steps", 0)
@@ -345,7 +377,7 @@ def test_bad_requests(base, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             loop_heads(make_model(m), n)
     plain = tmp_path / "plain.pt"
-    train.save_checkpoint(plain, make_model(0), train_config={}, tokenizer={"kind": "bytes"})
+    common.save_checkpoint(plain, make_model(0), train_config={}, tokenizer={"kind": "bytes"})
     (tmp_path / "text.pt").write_text("once upon a time", encoding="utf-8")
     (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
     other = P.prepare(tmp_path / "other.txt", "bpe:260", tmp_path / "other", quiet=True)
@@ -355,15 +387,22 @@ def test_bad_requests(base, tmp_path, monkeypatch):
                           ([base, "--heads", 24], "block_size"), ([plain], "no MTP heads"),
                           ([tmp_path / "none.pt"], "no checkpoint at"), ([tmp_path / "text.pt"], "can't be read"),
                           ([], "give one checkpoint"), ([base, "--resume", base], "give one checkpoint"),
-                          (["--resume", base], "is no extension"), ([base, "--compile", "yes"], "--compile"),
-                          (["--resume", tmp_path / "ok/ckpt.pt", "--steps", 3], "leave out steps"),
-                          ([base, "--beta", "x"], "--beta is 'x'"), ([base, "--data", other], "another tokenizer")]:
+                          (["--resume", base], "was not written by extend.py: resume it with `python train.py"), ([base, "--compile", "yes"], "--compile"),
+                          (["--resume", tmp_path / "ok/ckpt.pt", "--steps", 3], "leave out --steps"),
+                          ([base, "--beta", "x"], "--beta is 'x'"), ([base, "--lr", "nan"], "--lr is nan"), ([base, "--seed", -1], "--seed"),
+                          ([base, "--steps", 0, "--lr", 1, "--seed", 2], "--lr, --seed has no effect with --steps 0"),
+                          ([base, "--heads", -1], "--heads is -1"), ([base, "--steps", -2], "--steps is -2"),
+                          (["--resume", ""], "no checkpoint"), ([""], "no checkpoint"), ([base, "--data", other], "another tokenizer")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             call(monkeypatch, *argv)
     assert sorted(tmp_path.iterdir()) == listing and not base.parent.with_name("toy-4").exists()
     monkeypatch.setattr(sys, "argv", ["extend.py", str(base), "--heads", "2"])
     with pytest.raises(SystemExit, match="^extend.py: heads is 2"):
         runpy.run_path(str(REPO / "extend.py"), run_name="__main__")
+    with monkeypatch.context() as patch, pytest.raises(common.UserError, match="runs in one process"):
+        patch.setenv("RANK", "1")
+        patch.setenv("WORLD_SIZE", "2")
+        call(patch, base)
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "ok/ckpt.pt"), "--steps", "9"])
     with pytest.raises(ValueError, match="extend.py --resume"):
         train.main()
@@ -371,6 +410,6 @@ def test_bad_requests(base, tmp_path, monkeypatch):
 
 def test_an_extension_keeps_no_best(base):
     """the main head is frozen, and its loss, the same at every evaluation, would call the first one the best"""
-    model, meta = train.load_checkpoint(base)
+    model, meta = common.load_checkpoint(base)
     meta["train_config"]["keep_best"] = True
     assert not extend.extension_config(meta, loop_heads(model, 3), {}, 2).keep_best

@@ -58,7 +58,7 @@ def new_model(cfg, vocab=257):
 
 def fit(cfg, model=None):
     model = model or new_model(cfg)
-    train.fit(model, cfg, *train.open_data(cfg), quiet=True)
+    train.train(model, cfg, *train.open_data(cfg), quiet=True)
     return model
 
 
@@ -91,7 +91,7 @@ def same(model, other):
 # ---- the step
 
 
-@pytest.mark.parametrize("changes", [{}, {"clip_apart": True, "kl_grad": "heads", "clip": 0.1},
+@pytest.mark.parametrize("changes", [{}, {"clip": 0.1},
                                      {"clip": 0.0, "alpha": "0.3,0"}])
 def test_accumulation_does_not_change_the_result(data, tmp_path, changes):
     whole, parts = (fit(config(data, tmp_path / str(micro), micro_batch=micro, **changes)) for micro in (8, 1))
@@ -115,7 +115,7 @@ def test_heads_without_weight_leave_the_main_head_alone(data, tmp_path):
 
 def test_beta_zero_is_plain_mtp(data, tmp_path):
     plain = fit(config(data, tmp_path / "a", beta="0"))
-    assert same(plain, fit(config(data, tmp_path / "b", kl_start=2.0)))  # the KL never sets in
+    assert same(plain, fit(config(data, tmp_path / "b", kl_start=1.0)))  # the KL never sets in
     assert largest_gap(plain, fit(config(data, tmp_path / "c"))) > 1e-4
     assert curve(tmp_path / "a", "kl").abs().max() == 0 < curve(tmp_path / "c", "kl").min()
 
@@ -125,11 +125,11 @@ def test_the_kl_sets_in_when_asked_and_costs_nothing_before(data, tmp_path, monk
 
     def spy(hidden, *args, **options):
         out = loss(hidden, *args, **options)
-        seen.append((options["ramp"], options["kl_hidden"] is not None, bool(out[2].any())))
+        seen.append((options["ramp"], bool(out[2].any())))
         return out
     monkeypatch.setattr(train.distill, "mtp_loss", spy)
-    fit(config(data, tmp_path, steps=8, kl_start=0.5, kl_ramp=0.25, kl_grad="heads"))
-    assert seen == [(0, False, False)] * 5 + [(0.5, True, True)] + [(1, True, True)] * 2
+    fit(config(data, tmp_path, steps=8, kl_start=0.5, kl_ramp=0.25))
+    assert seen == [(0, False)] * 5 + [(0.5, True)] + [(1, True)] * 2
 
 
 def test_learning_rate_and_ramp_at_their_corners():
@@ -141,11 +141,19 @@ def test_learning_rate_and_ramp_at_their_corners():
     assert train.ramp_at(cfg, 60) == pytest.approx(0.5)
     sudden = dataclasses.replace(cfg, kl_ramp=0.0, warmup=0)
     assert [train.ramp_at(sudden, s) for s in (49, 50)] == [0, 1] and train.lr_at(sudden, 0) == 2.0
+    never = dataclasses.replace(cfg, kl_start=1.0, kl_ramp=0.0)
+    assert not any(train.ramp_at(never, s) for s in (0, 99, 100, 1000))
+    longer = dataclasses.replace(cfg, steps=300, schedule_steps=100)
+    for step in range(100):
+        assert train.lr_at(longer, step) == train.lr_at(cfg, step)
+        assert train.ramp_at(longer, step) == train.ramp_at(cfg, step)
+    assert {train.lr_at(longer, s) for s in (100, 200, 299)} == {0.2}
+    assert {train.ramp_at(longer, s) for s in (100, 200, 299)} == {1}
     short = dataclasses.replace(cfg, steps=5, warmup=50)
     assert 0 < train.lr_at(short, 4) < 2.0
 
 
-def test_optimizer_and_clipping(data, tmp_path):
+def test_what_the_optimizer_holds(data, tmp_path):
     cfg = config(data, tmp_path, weight_decay=0.5, beta2=0.9, clip=0.25)
     model = new_model(cfg)
     model.blocks.requires_grad_(False)
@@ -155,15 +163,20 @@ def test_optimizer_and_clipping(data, tmp_path):
     assert {id(p) for p in decayed["params"] + other["params"]} == free
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in other["params"])
 
-    def norms(apart):
-        for weight in model.parameters():
-            weight.grad = torch.ones_like(weight)
-        train.clip_gradients(model, dataclasses.replace(cfg, clip_apart=apart))
-        heads = sum(p.grad.square().sum() for p in model.heads.parameters())
-        whole = sum(p.grad.square().sum() for p in model.parameters())
-        return [float(x) ** 0.5 for x in (whole, heads, whole - heads)]
-    assert norms(apart=False)[0] == pytest.approx(0.25, abs=1e-5)
-    assert norms(apart=True)[1:] == pytest.approx([0.25, 0.25], abs=1e-5)
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 0.02])
+def test_the_norm_of_all_gradients_is_clipped(data, tmp_path, monkeypatch, clip):
+    norms, make = [], train.make_optimizer
+
+    def spy(model, *args):
+        def norm(optimizer, *_):
+            norms.append(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5)
+        optimizer = make(model, *args)
+        optimizer.register_step_pre_hook(norm)
+        return optimizer
+    monkeypatch.setattr(train, "make_optimizer", spy)
+    fit(config(data, tmp_path, clip=clip))
+    assert norms == pytest.approx([clip] * 4, rel=1e-3) if clip else min(norms) > 0.02
 
 
 def test_batches_are_a_function_of_seed_and_step(data, tmp_path):
@@ -178,7 +191,7 @@ def test_batches_are_a_function_of_seed_and_step(data, tmp_path):
     assert (train.batch_starts(dataclasses.replace(cfg, seed=2), 3, 60) != starts).any()
     assert not train.batch_starts(cfg, 0, 17).any()
     ids = np.arange(60, dtype=np.uint16)
-    cut = train.windows(ids, [0, 43], 16, torch.device("cpu"))
+    cut = train.get_batch(ids, [0, 43], 16, torch.device("cpu"))
     assert cut.tolist() == [list(range(17)), list(range(43, 60))]
 
 
@@ -220,8 +233,8 @@ def test_evaluation_against_a_slow_loop(data, tmp_path, monkeypatch):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.3)
-    val, seen, windows = np.random.default_rng(0).integers(0, 4, 500).astype(np.uint16), [], train.windows
-    monkeypatch.setattr(train, "windows", lambda ids, starts, *rest: seen.extend(starts) or windows(ids, starts, *rest))
+    val, seen, windows = np.random.default_rng(0).integers(0, 4, 500).astype(np.uint16), [], train.get_batch
+    monkeypatch.setattr(train, "get_batch", lambda ids, starts, *rest: seen.extend(starts) or windows(ids, starts, *rest))
     first, second = (train.evaluate(model, val, cfg, torch.device("cpu"), torch.float64) for _ in range(2))
     assert model.training and first == second                            # no counter leaks from one call into the next
     assert seen == [16 * i for i in range(11)] * 2                       # fixed, and none overlaps another
@@ -257,11 +270,11 @@ def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
     call(monkeypatch, *flags(data, tmp_path / "whole", **options))
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
         stop_at(patch, 5)
-        call(patch, *flags(data, tmp_path / "cut", **options), main=lambda: train.run(train.main))
-    assert train.load_checkpoint(tmp_path / "cut/ckpt.pt")[1]["step"] == 4
+        call(patch, *flags(data, tmp_path / "cut", **options), main=lambda: common.run(train.main))
+    assert common.load_checkpoint(tmp_path / "cut/ckpt.pt")[1]["step"] == 4
     torch.manual_seed(99)
     call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")
-    (whole, a), (cut, b) = (train.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    (whole, a), (cut, b) = (common.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert same(whole, cut) and a["best_loss"] == b["best_loss"] and a["step"] == b["step"] == 6
     for mine, other in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(mine[name], other[name]) for name in mine)
@@ -269,9 +282,12 @@ def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
     assert [row.get("start", row.get("step")) for row in again] == [0, 1, 2, 2, 3, 4, 4, 5, 4, 5, 6, 6]
     assert [row["loss"] for row in again[-3:-1]] == [row["loss"] for row in rows[-3:-1]] and again[-1] == rows[-1]
 
-    other = other_tokenizer(tmp_path)
+    other, changed = other_tokenizer(tmp_path), make_data(tmp_path, TEXT[1:], "changed")
     for argv, message in [(["--steps=6"], "at step 6 of 6 already"), (["--n_mtp=3"], "--n_mtp 3 disagrees"),
                           (["--n_layer=2", "--steps=9"], "--n_layer 2 disagrees with the checkpoint, which has 1"),
+                          (["--preset=gpt2", "--steps=9"], "--preset gpt2 disagrees.* 'tiny'"),
+                          (["--tokenizer=bytes", "--steps=9"], "--tokenizer bytes has no effect"),
+                          ([f"--data={changed}", "--steps=9"], "another text.*give --data"),
                           ([f"--data={other}", "--steps=9"], "another tokenizer")]:
         with pytest.raises(ValueError, match=message):
             call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt", *argv)
@@ -279,8 +295,129 @@ def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
     raw = torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)
     torch.save({**raw, "best_loss": 0.5}, tmp_path / "better.pt")        # it was better once
     call(monkeypatch, "--resume", tmp_path / "better.pt", *more)
-    meta = train.load_checkpoint(tmp_path / "more/ckpt.pt")[1]
+    meta = common.load_checkpoint(tmp_path / "more/ckpt.pt")[1]
     assert (meta["step"], meta["best_loss"]) == (7, 0.5)
+
+
+def test_a_moved_checkpoint_is_resumed_where_it_lies(data, tmp_path, monkeypatch):
+    """.. and not where it once was, which may be another run's place by now"""
+    fit(config(data, tmp_path / "a", steps=2))
+    (tmp_path / "a").rename(tmp_path / "b")
+    fit(config(data, tmp_path / "a", steps=3, seed=2))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    call(monkeypatch, "--resume", tmp_path / "b/ckpt.pt", "--steps=3")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 3
+    assert not list((tmp_path / "b").glob("*.old*"))                     # a resumed run replaces its own
+    assert [row.get("start") for row in log_rows(tmp_path / "b") if "start" in row] == [0, 2]
+    monkeypatch.chdir(tmp_path / "b")                                    # a bare file name has a folder too
+    call(monkeypatch, "--resume", "ckpt.pt", "--steps=4")
+    assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 4
+
+
+def test_resuming_overwrites_no_other_checkpoint(data, tmp_path, monkeypatch):
+    fit(config(data, tmp_path / "a", steps=2, keep_best=True))
+    fit(config(data, tmp_path / "b", steps=2))
+    before = (tmp_path / "a/ckpt.pt").read_bytes(), (tmp_path / "b/ckpt.pt").read_bytes()
+    for argv in (["a/best.pt"], ["a/ckpt.pt", f"--out={tmp_path / 'b'}"]):
+        with pytest.raises(common.UserError, match="another checkpoint.*--out"):
+            call(monkeypatch, "--resume", tmp_path / argv[0], "--steps=4", *argv[1:])
+    assert before == ((tmp_path / "a/ckpt.pt").read_bytes(), (tmp_path / "b/ckpt.pt").read_bytes())
+    call(monkeypatch, "--resume", tmp_path / "a/best.pt", "--steps=4", f"--out={tmp_path / 'c'}")
+    assert common.load_checkpoint(tmp_path / "c/ckpt.pt")[1]["step"] == 4
+
+
+def test_a_new_run_keeps_the_old_one(data, tmp_path, capsys):
+    names = ("ckpt", "best")
+    kept = []
+    for seed in (1, 2, 3):
+        fit(config(data, tmp_path, seed=seed, keep_best=seed == 1))      # the third has no best.pt to move
+        kept.append([line for line in capsys.readouterr().out.splitlines() if "earlier run" in line])
+        for name in names if seed == 2 else ["ckpt"]:
+            meta = common.load_checkpoint(tmp_path / f"{name}.old.pt")[1] if seed > 1 else None
+            assert meta is None or meta["train_config"]["seed"] == seed - 1
+        assert (tmp_path / "best.pt").exists() == (seed == 1)            # a stale one would pass for this run's
+    assert [len(lines) for lines in kept] == [0, 1, 1] and "ckpt.old.pt" in kept[1][0]
+    assert not (tmp_path / "best.old.pt").exists()                       # one generation: not that of seed 1
+    assert log_rows(tmp_path)[0]["config"]["seed"] == 3
+    old = json.loads((tmp_path / "log.old.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert old["config"]["seed"] == 2
+    (tmp_path / "ckpt.pt").unlink()
+    with pytest.raises(common.UserError, match="no checkpoint.*ckpt.old.pt"):
+        common.load_checkpoint(tmp_path / "ckpt.pt")
+
+
+def test_resume_does_what_the_flags_say(data, tmp_path, monkeypatch):
+    fit(config(data, tmp_path / "a", steps=2))
+    more = ("--steps=3", "--weight_decay=0.7", "--beta2=0.5", "--dtype=float32")
+    call(monkeypatch, "--resume", tmp_path / "a/ckpt.pt", *more)
+    model, meta = common.load_checkpoint(tmp_path / "a/ckpt.pt")
+    decayed, other = meta["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], other["weight_decay"]) == (0.7, 0)
+    assert decayed["betas"] == other["betas"] == (0.9, 0.5)
+    assert model.weight.dtype == torch.float32
+    state = meta["optimizer"]["state"][0]
+    assert state["exp_avg"].dtype == torch.float32 and int(state["step"]) == 3   # the moments went on
+
+
+def test_more_steps_keep_what_was_reached(data, tmp_path, monkeypatch):
+    options = {"steps": 4, "warmup": 0, "min_lr": 0.1, "kl_start": 0.5, "kl_ramp": 0.25}
+    seen, loss = [], train.distill.mtp_loss
+    monkeypatch.setattr(train.distill, "mtp_loss",
+                        lambda *args, **options: (seen.append(options["ramp"]), loss(*args, **options))[1])
+    fit(config(data, tmp_path, **options))
+    call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=6")
+    call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=9")     # once more: still the first length
+    assert seen == [0, 0, 0, 1] + [1] * 5
+    assert curve(tmp_path, "lr")[4:].tolist() == [pytest.approx(1e-3)] * 5
+
+
+def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, capsys):
+    options = {"steps": 4, "eval_every": 2, "keep_best": True}
+    whole = fit(config(data, tmp_path / "whole", **options))
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    for n, cut in enumerate((2, 4)):                                     # in the middle, and at the very end
+        calls, evaluate = [], train.evaluate
+        out = tmp_path / f"cut{n}"
+
+        def fails_at(*args, calls=calls, cut=cut):
+            calls.append(1)
+            return out_of_memory() if len(calls) == cut // 2 else evaluate(*args)
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(train, "evaluate", fails_at)
+            fit(config(data, out, **options))
+        assert common.load_checkpoint(out / "ckpt.pt")[1]["step"] == cut
+        call(monkeypatch, "--resume", out / "ckpt.pt")
+        model, meta = common.load_checkpoint(out / "ckpt.pt")
+        assert same(model, whole) and meta["best_loss"] == common.load_checkpoint(tmp_path / "whole/ckpt.pt")[1]["best_loss"]
+        assert [r["val"] for r in log_rows(out) if "val" in r] == [r["val"] for r in log_rows(tmp_path / "whole") if "val" in r]
+        assert (out / "best.pt").exists() and "AR" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"optimizer": {"state": {}, "param_groups": []}}, "no optimizer state"), ({"optimizer": {}}, "no optimizer state"),
+    ({"train_config": {"clip_apart": True}}, "--clip_apart True"), ({"train_config": {"kl_grad": "heads"}}, "--kl_grad heads"),
+])
+def test_what_can_not_be_resumed_exactly(data, tmp_path, monkeypatch, change, message):
+    fit(config(data, tmp_path, steps=2))
+    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    config_too = {**raw["train_config"], **change.get("train_config", {})}
+    torch.save({**raw, **change, "train_config": config_too}, tmp_path / "ckpt.pt")
+    with pytest.raises(common.UserError, match=message):
+        call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
+
+
+def test_a_checkpoint_with_retired_flags_is_resumed(data, tmp_path, monkeypatch):
+    fit(config(data, tmp_path, steps=2))
+    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    raw["train_config"].update(clip_apart=False, kl_grad="full")
+    del raw["train_config"]["schedule_steps"], raw["evaluated"]
+    torch.save(raw, tmp_path / "ckpt.pt")
+    assert train.stored_config(raw) == config(data, tmp_path, steps=2)
+    call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
+    assert "clip_apart" not in common.load_checkpoint(tmp_path / "ckpt.pt")[1]["train_config"]
 
 
 def other_tokenizer(tmp_path):
@@ -302,7 +439,7 @@ def test_log_checkpoint_and_json(data, tmp_path, monkeypatch, capsys):
     raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert set(raw) >= {"config", "model", "tokenizer", "optimizer", "step", "train_config", "best_loss"}
     assert not any("_orig_mod" in name for name in raw["model"]) and raw["train_config"]["steps"] == 5
-    model, loaded = train.load_checkpoint(tmp_path / "ckpt.pt")
+    model, loaded = common.load_checkpoint(tmp_path / "ckpt.pt")
     assert not model.training and model.weight.dtype == torch.float64 and loaded["tokenizer"] == {"kind": "bytes"}
     assert same(model, fit(config(data, tmp_path / "b", steps=5)))       # the command and fit() agree
 
@@ -319,30 +456,61 @@ def test_two_processes_equal_one(two_processes, data, tmp_path):
     said = process.communicate()[0]
     assert process.returncode == 0, said
     whole = config(data, tmp_path, **DDP)
-    assert largest_gap(fit(whole), train.load_checkpoint(out / "ckpt.pt")[0]) < 1e-9
+    assert largest_gap(fit(whole), common.load_checkpoint(out / "ckpt.pt")[0]) < 1e-9
+    for key in ("loss", "ce", "kl"):                                     # the mean over both, not rank 0's own windows
+        torch.testing.assert_close(curve(out, key), curve(tmp_path, key), rtol=0, atol=1e-9)
     assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3] and said.count("bits per byte") == 1
 
 
 DDP = {"steps": 3, "alpha": "0.3,0", "beta": "0.5,0"}                    # a head that gets no gradient: DDP expects one
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_processes(data, tmp_path_factory):
-    """begun first and read last, for it takes a while to import torch"""
-    out = tmp_path_factory.mktemp("ddp")
+def test_an_error_on_one_of_two_processes_is_shown_once(failing_processes):
+    process, _ = failing_processes
+    text = process.communicate()[0]
+    assert process.returncode == 1 and text.count("the loss became nan at step 2") == 1, text
+    assert "Traceback" not in text and "rank 1 stopped, because another process did" in text
+
+
+def test_an_error_that_all_processes_find_is_shown_by_one(monkeypatch):
+    for rank, code in (("0", "test_train.py: --kl is 'js'"), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(sys, "argv", ["test_train.py", "--kl=js"])
+        with pytest.raises(SystemExit) as stop:
+            common.run(train.main)
+        assert str(stop.value.code).startswith(str(code))
+
+
+def launch(data, out, **changes):
+    """two processes that train together; begun early and read late, for it takes a while to import torch"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    argv = [sys.executable, __file__, *flags(data, out, **DDP, micro_batch=2)]
-    with subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    argv = [sys.executable, __file__, *flags(data, out, **DDP, micro_batch=2, **changes)]
+    return subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processes(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ddp")
+    with launch(data, out) as process:
+        yield process, out
+        process.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def failing_processes(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("failing")
+    with launch(data, out, lr=1e200) as process:
         yield process, out
         process.kill()
 
 
 def ddp_worker(rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    train.main()
+    common.run(train.main)
 
 
 # ---- flags
@@ -352,7 +520,7 @@ def test_help_tells_every_flag_with_its_default(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, "-h")
     text = "".join(capsys.readouterr().out.split())                      # argparse breaks lines where it likes
-    assert stop.value.code == 0 and "--resume" in text and "--bench" in text
+    assert stop.value.code == 0 and "--resume" in text
     for f in dataclasses.fields(train.TrainConfig):
         assert "".join(f"{f.metadata['help']} (default {f.default!r})".split()) in text, f.name
         assert f"--{f.name}" in text
@@ -369,42 +537,42 @@ def test_defaults_then_preset_then_flags(monkeypatch):
     assert train.make_config({"preset": "tiny", "data": "mine"}).tokenizer == ""     # learned for another text
     assert train.make_config({"preset": "tiny", "data": "mine", "tokenizer": "bytes"}).tokenizer == "bytes"
     switch = [("--json", {"action": "store_true"})]
-    given, rest = train.parse(train.TrainConfig, "", switch, ["--no-detach_teacher", "--steps", "7"])
+    given, rest = common.parse(train.TrainConfig, "", switch, ["--no-detach_teacher", "--steps", "7"])
     assert given == {"detach_teacher": False, "steps": 7} and rest == {"json": False}
     for preset in train.PRESETS:
         assert train.make_config({"preset": preset}).out == f"out/{preset}"
 
 
 def test_weights_of_the_heads():
-    assert train.weights(train.TrainConfig(n_mtp=3, alpha="0.3", beta="1,0.5, 0")) == [[0.3] * 3, [1, 0.5, 0]]
-    assert train.weights(train.TrainConfig(n_mtp=0)) == [[], []]
+    assert train.head_weights(train.TrainConfig(n_mtp=3, alpha="0.3", beta="1,0.5, 0")) == [[0.3] * 3, [1, 0.5, 0]]
+    assert train.head_weights(train.TrainConfig(n_mtp=0)) == [[], []]
 
 
 @pytest.mark.parametrize("given,message", [
-    ({"preset": "huge"}, "preset 'huge'; choose one of tiny"), ({"kl": "js"}, "--kl is 'js'; choose one of forward"),
-    ({"kl_grad": "x"}, "--kl_grad"), ({"compile": "yes"}, "--compile"), ({"dtype": "float8"}, "--dtype"),
+    ({"preset": "huge"}, "--preset is 'huge'; it must be one of tiny"), ({"kl": "js"}, "--kl is 'js'; it must be one of forward"),
+    ({"compile": "yes"}, "--compile"), ({"dtype": "float8"}, "--dtype"),
     ({"steps": -1}, "--steps is -1"), ({"steps": 0}, "--steps"), ({"batch_size": 0}, "--batch_size is 0"),
     ({"eval_every": 0}, "--eval_every"), ({"eval_windows": 0}, "--eval_windows"), ({"log_every": 0}, "--log_every"),
     ({"warmup": -1}, "--warmup"), ({"clip": -1.0}, "--clip"), ({"micro_batch": -1}, "--micro_batch"),
     ({"micro_batch": 3}, "--batch_size 8 .* --micro_batch 3"), ({"alpha": "a"}, "--alpha is 'a'"),
     ({"alpha": "1,2,3"}, "--alpha is .*2 heads"), ({"beta": "-1"}, "--beta"), ({"beta": "nan"}, "--beta"),
-    ({"beta": "inf"}, "--beta"), ({"beta": ""}, "--beta"), ({"top_n": 0.0}, "top_n is 0"), ({"top_n": 2.5}, "top_n"),
+    ({"beta": "inf"}, "--beta"), ({"beta": ""}, "--beta"), ({"top_n": 0.0}, "--top_n is 0"), ({"top_n": 2.5}, "--top_n"),
     ({"n_mtp": -1}, "n_mtp is -1|--alpha"), ({"n_head": 3}, "n_embd"), ({"n_mtp": 16}, "block_size"),
+    ({"kl_start": 75.0}, "--kl_start is 75.0; it must be at least 0 and at most 1"), ({"kl_start": -0.1}, "--kl_start"),
+    ({"kl_ramp": -1.0}, "--kl_ramp"), ({"kl_ramp": "nan"}, "--kl_ramp is nan; it must be a finite number"),
+    ({"min_lr": -1.0}, "--min_lr is -1.0"), ({"min_lr": "inf"}, "--min_lr is inf"), ({"min_lr": 1.5}, "--min_lr"),
+    ({"lr": -1.0}, "--lr"), ({"lr": "nan"}, "--lr is nan"), ({"weight_decay": -0.1}, "--weight_decay"),
+    ({"weight_decay": "inf"}, "--weight_decay"), ({"beta2": 1.0}, "--beta2 is 1.0; it must be at least 0 and below 1"),
+    ({"beta2": -0.1}, "--beta2"), ({"clip": "nan"}, "--clip"), ({"dropout": 1.0}, "--dropout"), ({"seed": -1}, "--seed"),
+    ({"embed_std": "nan"}, "--embed_std"), ({"embed_std": 0.0}, "--embed_std"), ({"top_n": "nan"}, "--top_n"),
+    ({"schedule_steps": -1}, "--schedule_steps"), ({"n_embd": 97}, "--n_embd is 97"), ({"n_layer": 0}, "--n_layer is 0"),
+    ({"data": ""}, "--data is empty"), ({"tokenizer": "bytes"}, "--tokenizer bytes has no effect.*already tokenized"),
     ({"device": "banana"}, "--device"), ({"data": "no-such-text"}, "no-such-text"),
 ])
 def test_bad_flags(data, tmp_path, monkeypatch, given, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         call(monkeypatch, *flags(**{"data": data, "out": tmp_path / "out", **given}))
     assert not (tmp_path / "out/ckpt.pt").exists()
-
-
-def test_devices_that_are_not_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert train.pick_device("auto").type == "cpu" and train.pick_dtype("auto", torch.device("cpu"))[0] == torch.float32
-    for name in ("cuda", "mps"):
-        with pytest.raises(ValueError, match=f"--device is '{name}'"):
-            train.pick_device(name)
 
 
 # ---- bad data
@@ -462,9 +630,9 @@ def test_bad_checkpoints(data, tmp_path, monkeypatch):
     del raw["model"]["norm.weight"]
     torch.save(raw, tmp_path / "lacks.pt")
     with pytest.raises(RuntimeError, match="norm.weight"):
-        train.load_checkpoint(tmp_path / "lacks.pt")
+        common.load_checkpoint(tmp_path / "lacks.pt")
     monkeypatch.setattr(GPT, "load_state_dict", lambda *args: None)      # a load that does nothing can't pass for one
-    assert all(w.isnan().all() for w in train.load_checkpoint(path)[0].parameters())
+    assert all(w.isnan().all() for w in common.load_checkpoint(path)[0].parameters())
 
 
 def full_disk(error):
@@ -477,14 +645,14 @@ def full_disk(error):
 
 @pytest.mark.parametrize("error", [OSError, RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_save_keeps_the_old_checkpoint(data, tmp_path, monkeypatch, error):
-    shown = OSError if error is RuntimeError else error
+    shown = error if error is KeyboardInterrupt else common.UserError
     model = new_model(config(data, tmp_path))
     path = tmp_path / "deep" / "ckpt.pt"
-    train.save_checkpoint(path, model, step=1)
+    common.save_checkpoint(path, model, step=1)
     before = path.read_bytes()
     monkeypatch.setattr(torch, "save", full_disk(error))                 # torch says RuntimeError when the disk is full
-    with pytest.raises(shown, match="free some space" if shown is OSError else None):
-        train.save_checkpoint(path, model, step=2)
+    with pytest.raises(shown, match="free some space" if shown is common.UserError else None):
+        common.save_checkpoint(path, model, step=2)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
 
 
@@ -493,8 +661,8 @@ def test_a_real_limit_on_the_file_size(data, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-        with pytest.raises(OSError, match="free some space"):
-            train.save_checkpoint(tmp_path / "ckpt.pt", new_model(config(data, tmp_path)))
+        with pytest.raises(common.UserError, match="free some space"):
+            common.save_checkpoint(tmp_path / "ckpt.pt", new_model(config(data, tmp_path)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
@@ -510,40 +678,49 @@ def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train.distill, "mtp_loss", spoiled)
     cfg = config(data, tmp_path, steps=8, eval_every=4, log_every=2)
     rate = f"{train.lr_at(cfg, 4):.2e}"
-    with pytest.raises(FloatingPointError, match=rf"nan at step 4 \(learning rate {rate}\).*--lr"):
+    with pytest.raises(common.UserError, match=rf"nan at step 4 \(learning rate {rate}\).*--lr"):
         fit(cfg)
-    model, meta = train.load_checkpoint(tmp_path / "ckpt.pt")
+    model, meta = common.load_checkpoint(tmp_path / "ckpt.pt")
     assert meta["step"] == 4 and all(w.isfinite().all() for w in model.parameters())
 
 
 @pytest.mark.parametrize("eval_every", [1, 2, 3, 4])
 def test_a_diverged_model_is_never_saved(data, tmp_path, eval_every):
-    with pytest.raises(FloatingPointError, match="--lr"):                # be it a loss or an evaluation that shows it
+    with pytest.raises(common.UserError, match="--lr"):                # be it a loss or an evaluation that shows it
         fit(config(data, tmp_path, steps=8, lr=1e200, eval_every=eval_every))
     if (tmp_path / "ckpt.pt").exists():
-        assert all(w.isfinite().all() for w in train.load_checkpoint(tmp_path / "ckpt.pt")[0].parameters())
+        assert all(w.isfinite().all() for w in common.load_checkpoint(tmp_path / "ckpt.pt")[0].parameters())
 
 
 def test_errors_end_in_one_line_and_an_exit_code(data, tmp_path, monkeypatch):
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore lines")
-    monkeypatch.setattr(train, "fit", out_of_memory)
+    monkeypatch.setattr(train, "train", out_of_memory)
     for argv, message in [(flags(data, tmp_path), "out of memory .*9 GiB.*--micro_batch"),
-                          (["--preset=huge"], "^train.py: unknown preset")]:
+                          (["--preset=huge"], "^train.py: --preset is 'huge'")]:
         with pytest.raises(SystemExit, match=message) as stop:           # a text: Python prints it and exits with 1
-            call(monkeypatch, *argv, main=lambda: train.run(train.main))
+            call(monkeypatch, *argv, main=lambda: common.run(train.main))
         assert "\n" not in stop.value.code
     monkeypatch.setattr(sys, "argv", ["train.py", "--kl", "js"])
     with pytest.raises(SystemExit, match="^train.py: --kl is 'js'"):
         runpy.run_path(str(REPO / "train.py"), run_name="__main__")
 
 
+def test_a_programmers_mistake_keeps_its_traceback(data, tmp_path, monkeypatch):
+    """a student's mtp_loss that returns two values instead of three"""
+    loss = train.distill.mtp_loss
+    monkeypatch.setattr(train.distill, "mtp_loss", lambda *args, **options: loss(*args, **options)[:2])
+    with pytest.raises(ValueError, match="not enough values to unpack") as error:
+        call(monkeypatch, *flags(data, tmp_path), main=lambda: common.run(train.main))
+    assert not isinstance(error.value, common.UserError)
+    assert error.traceback[-1].path.name == "train.py"
+
+
 # ---- torch.compile
 
 
-@pytest.mark.parametrize("mode", ["model", "blocks"])
-@pytest.mark.parametrize("how", ["works", "raises", "raises_mute", "fails_later", "kernels_fail"])
-def test_training_goes_on_without_torch_compile(data, tmp_path, monkeypatch, capsys, mode, how):
+def break_compile(monkeypatch, how):
+    """torch.compile works (but compiles nothing), or fails in one of several ways"""
     def broken(*args, **options):
         raise RuntimeError("no Triton here\nmore lines") if how != "raises_mute" else AssertionError
 
@@ -552,11 +729,34 @@ def test_training_goes_on_without_torch_compile(data, tmp_path, monkeypatch, cap
             broken()
         self._compiled_call_impl = broken if how == "fails_later" else None
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    monkeypatch.setattr(torch, "compile", lambda kernel, **options: broken if how == "kernels_fail" else kernel)
-    model = fit(config(data, tmp_path / mode, compile=mode))
-    said = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
-    assert len(said) == (how != "works") and all("going on without it" in line and "more" not in line for line in said)
+    monkeypatch.setattr(torch, "compile",
+                        lambda kernel, **options: broken if how == "kernels_fail" else kernel)
+
+
+HOW = ["works", "raises", "raises_mute", "fails_later", "kernels_fail"]
+
+
+@pytest.mark.parametrize("mode", ["model", "blocks"])
+@pytest.mark.parametrize("how", HOW)
+def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsys, mode, how):
+    with monkeypatch.context() as patch:
+        break_compile(patch, how)
+        patch.setattr(train, "pick_compile", lambda cfg, device: mode)     # as auto does on CUDA
+        model = fit(config(data, tmp_path / mode, compile="auto"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
+    assert len(lines) == (how != "works")
+    assert all("continuing without it" in line and "more" not in line for line in lines)
     assert same(model, fit(config(data, tmp_path / "off")))
+
+
+@pytest.mark.parametrize("mode", ["model", "blocks"])
+def test_compile_asked_for_by_name_raises(data, tmp_path, monkeypatch, mode):
+    for how in HOW[1:]:
+        with monkeypatch.context() as patch, pytest.raises((RuntimeError, AssertionError)):
+            break_compile(patch, how)
+            fit(config(data, tmp_path, compile=mode))
+    assert train.pick_compile(config(data, tmp_path, compile="auto"), torch.device("cpu")) == "off"
+    assert train.pick_compile(config(data, tmp_path, compile="auto"), torch.device("cuda")) == "model"
 
 
 def test_keep_best_keeps_the_lowest(data, tmp_path, monkeypatch):
@@ -565,12 +765,42 @@ def test_keep_best_keeps_the_lowest(data, tmp_path, monkeypatch):
     real = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: {**(x := real(*args)), "loss": [next(losses), *x["loss"][1:]]})
     fit(config(data, tmp_path, steps=6, eval_every=2, keep_best=True))
-    steps = {name: train.load_checkpoint(tmp_path / name)[1]["step"] for name in ("best.pt", "ckpt.pt")}
+    steps = {name: common.load_checkpoint(tmp_path / name)[1]["step"] for name in ("best.pt", "ckpt.pt")}
     assert steps == {"best.pt": 4, "ckpt.pt": 6}
 
 
-if __name__ == "__main__":                                               # the fixture two_processes
+def test_best_is_written_before_ckpt_says_so(data, tmp_path, monkeypatch):
+    """killed between the two files, ckpt.pt must not hold a loss whose weights never came"""
+    saved, save = [], train.save_checkpoint
+
+    def dies(path, *args, **meta):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        save(path, *args, **meta)
+    losses = iter([3.0, 1.0])
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: {**(x := real(*args)), "loss": [next(losses), *x["loss"][1:]]})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_checkpoint", dies)
+        fit(config(data, tmp_path, steps=4, eval_every=2, keep_best=True))
+    assert saved == ["best.pt", "ckpt.pt", "best.pt"]
+    found = {name: common.load_checkpoint(tmp_path / name)[1] for name in ("best.pt", "ckpt.pt")}
+    assert [(meta["step"], meta["best_loss"]) for meta in found.values()] == [(4, 1.0), (2, 3.0)]
+    (tmp_path / "best.pt").unlink()                                      # lost: the next one is the best there is
+    losses = iter([5.0])
+    call(monkeypatch, "--resume", tmp_path / "ckpt.pt")
+    found = {name: common.load_checkpoint(tmp_path / name)[1] for name in ("best.pt", "ckpt.pt")}
+    assert [(meta["step"], meta["best_loss"]) for meta in found.values()] == [(4, 5.0), (4, 5.0)]
+
+
+if __name__ == "__main__":                                               # launch(): as torchrun does
     import torch.multiprocessing
     torch.set_num_threads(1)
-    fork = "fork" if sys.platform == "linux" else "spawn"                # torch is imported: forked, it is so in both
-    torch.multiprocessing.start_processes(ddp_worker, nprocs=2, start_method=fork)
+    context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    workers = [context.Process(target=ddp_worker, args=(rank,)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(max(worker.exitcode for worker in workers))
