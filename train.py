@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -195,39 +196,82 @@ def train_mode(model):
     model.drop.train(model.weight.requires_grad)               # it drops embeddings
 
 
+def aligned_rows(hidden):
+    """
+    hidden states, entry k (B, T-k, d) -> (K+1, T*B, d): column j*B + b of every row predicts target j
+    of window b. Head k has no state for the first k targets; zeros stand there.
+    """
+    rows = [F.pad(h.transpose(0, 1), (0, 0, 0, 0, k, 0)) for k, h in enumerate(hidden)]    # (T, B, d)
+    return torch.stack(rows).flatten(1, 2)
+
+
+def predict(rows, weight, targets, cfg):
+    """
+    rows (R, C, d), all of which predict the same targets (C,) -> predicted ids (R, C), and sums over
+    the targets, (3, R): of the cross-entropy, of correct predictions, of the KL from row 0
+    """
+    logits = F.linear(rows, weight)                            # (R, C, V), alive until this function ends
+    ids = logits.argmax(-1)
+    sums = torch.zeros(3, len(rows), device=rows.device)
+    sums[1] = (ids == targets).sum(-1)
+    for k, row in enumerate(logits):                           # one at a time: each float32 copy is (C, V)
+        sums[0, k] = F.cross_entropy(row.float(), targets, reduction="sum")
+        if k > 0:
+            sums[2, k] = len(targets) * distill.topn_kl(row, logits[0], cfg.top_n, cfg.kl)
+    return ids, sums
+
+
+def predict_in_chunks(model, tokens, cfg):
+    """
+    windows (B, T+1) -> predicted ids (K+1, T, B), entry [k, j] being head k's for target j, and the sums
+    of predict() over targets K .. T-1, which all K+1 heads predict
+    """
+    targets = tokens[:, 1:].T.flatten()                        # (T*B,)
+    rows = aligned_rows(model(tokens[:, :-1]))                 # (K+1, T*B, d)
+    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+    at_most = 2**28 if tokens.is_cuda else 2**21               # logits at once, as in training
+    size = max(1, at_most // (len(rows) * len(model.weight)))
+    shared = model.config.n_mtp * len(tokens)                  # the first column where no head lacks a state
+    sums = 0
+    for start in [*range(0, shared, size), *range(shared, len(targets), size)]:
+        stop = min(start + size, shared if start < shared else len(targets))
+        chunk = slice(start, stop)
+        ids[:, chunk], chunk_sums = predict(rows[:, chunk], model.weight, targets[chunk], cfg)
+        if start >= shared:                                    # else: only the acceptance needs these ids
+            sums = sums + chunk_sums
+    return ids.view(len(rows), -1, len(tokens)), sums
+
+
 @torch.no_grad()
 def evaluate(model, val, cfg, device, dtype):
     """
     the main head and every MTP head on fixed validation windows -> dict of floats and lists (K+1 or K long)
 
     loss      cross-entropy per head, nats per token (entry 0: the main head)
-    accuracy  share of the text's own tokens predicted, per head
+    accuracy  share of the dataset's own tokens predicted, per head
     kl        TopN KL from the main head, per MTP head
     ar, car   acceptance against the main head's own argmax (decode.rates); tokens_per_forward = 1 + sum of car
+
+    Heads are compared on the same targets: loss, accuracy and kl are means over targets K .. T-1 of each
+    window, which all K+1 heads predict. Acceptance counts every round that has all K drafts.
     """
     model.eval()
-    K, T, W = model.config.n_mtp, cfg.block_size, model.weight
+    K, T = model.config.n_mtp, cfg.block_size
     starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
-    count = len(starts) * (T - torch.arange(K + 1, device=device))         # targets of each head: head k has k rows fewer
-    loss, right, kl = (torch.zeros(n, device=device) for n in (K + 1, K + 1, K))       # sums over targets
+    sums = torch.zeros(3, K + 1, device=device)
     accepted = torch.zeros(K + 1, dtype=torch.long, device=device)
-    for at in range(0, len(starts), 8):
-        tokens, choices = windows(val, starts[at : at + 8], T, device), []
+    for first in range(0, len(starts), 8):
+        tokens = windows(val, starts[first : first + 8], T, device)
         with autocast(device, dtype):
-            for k, hidden in enumerate(model(tokens[:, :-1])):
-                logits, target = hidden @ W.T.to(hidden.dtype), tokens[:, k + 1 :]     # (B, T-k, V) and (B, T-k)
-                choices.append(logits.argmax(-1))
-                loss[k] += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
-                right[k] += (choices[k] == target).sum()
-                if k == 0:
-                    teacher = logits
-                else:
-                    kl[k - 1] += distill.topn_kl(logits, teacher[:, k:], cfg.top_n, cfg.kl) * target.numel()
+            ids, batch_sums = predict_in_chunks(model, tokens, cfg)
+        sums += batch_sums
+        # head k's state at position i predicts target i+k: a round takes a diagonal of ids
+        choices = [row[k:].T for k, row in enumerate(ids)]     # (B, T-k)
         accepted += torch.bincount(decode.accepted_lengths(choices).flatten(), minlength=K + 1)
     train_mode(model)
+    loss, accuracy, kl = (sums / (len(starts) * (T - K))).tolist()
     ar, car = decode.rates(accepted.tolist())
-    return dict(loss=(loss / count).tolist(), accuracy=(right / count).tolist(), kl=(kl / count[1:]).tolist(),
-                ar=ar, car=car, tokens_per_forward=1 + sum(car))
+    return dict(loss=loss, accuracy=accuracy, kl=kl[1:], ar=ar, car=car, tokens_per_forward=1 + sum(car))
 
 
 # -----------------------------------------------------------------------------
