@@ -28,8 +28,6 @@ def flag(default, help, min=None, max=None, below=None, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
-knob = flag                                    # its former name
-
 
 def parse(cls, text, extra=(), argv=None):
     """flags from a dataclass -> (dict of the flags that were given, the rest)"""
@@ -227,7 +225,7 @@ def read_checkpoint(path, device):
 
 
 # -----------------------------------------------------------------------------
-# what is logged and shown
+# the log
 
 
 class Log:
@@ -248,57 +246,6 @@ class Log:
     def write(self, **row):
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def stream(tokenizer, prompt):
-    """print the prompt -> a `watch` for generate() that prints the text as it comes"""
-    shown = ""
-    print(tokenizer.decode(prompt), end="", flush=True)
-
-    def watch(decoder):
-        nonlocal shown
-        ids = decoder.buffer[0, len(prompt) : int(decoder.n[0]) + 1].tolist()
-        text = tokenizer.decode(ids).rstrip("\ufffd")                   # half a character waits for its other half
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    return watch
-
-
-HEAD_COLOURS = [32, 36, 34, 35, 33, 92, 96, 94, 95]                     # the terminal's codes for heads 1 .. 8, and for 9 and on
-
-
-def trace(tokenizer, prompt, n_mtp):
-    """print a legend -> a `watch` for generate() that prints a line a round: the new tokens, each with who said it, and then
-    the drafts that were refused"""
-    codes = {"main": 0, "refused": "9;31", **{k: HEAD_COLOURS[min(k, 9) - 1] for k in range(1, n_mtp + 1)}}
-    coloured, known = sys.stdout.isatty(), len(prompt) - 1              # known: the position n that the last round left
-
-    def paint(text, who):
-        return f"\033[{codes[who]}m{text}\033[0m" if coloured else text
-
-    def quote(token):
-        return repr(tokenizer.decode([token]))[1:-1]
-
-    def word(token, who):
-        return paint(quote(token), who) if coloured else f"{quote(token)}|{who}"
-
-    def watch(decoder):
-        nonlocal known
-        before, known = known, int(decoder.n[0])
-        new = decoder.buffer[0, before + 1 : known + 1].tolist()
-        if before < len(prompt):
-            print(paint(quote(new[0]), "main"), "  <- prefill (main head)")
-            return
-        drafts = decoder.drafts[0].tolist()
-        a = next((i for i, (token, draft) in enumerate(zip(new, drafts)) if token != draft), min(len(new), len(drafts)))
-        words = [word(token, i + 1 if i < a else "main") for i, token in enumerate(new)]
-        if a < len(new):                                                # else max_new_tokens cut the drafts, none was refused
-            words += [word(draft, "refused") for draft in drafts[a:]]
-        print("  ".join(words))
-
-    legend = [paint("main head", "main"), *(paint(f"head {k}", k) for k in range(1, n_mtp + 1)), paint("refused", "refused")]
-    print("a line a round: " + "  ".join(legend))
-    return watch
 
 
 # -----------------------------------------------------------------------------

@@ -78,11 +78,12 @@ class ExtendConfig:
     eval_windows: int = flag(0, "validation windows; 0: the checkpoint's", min=0)
     seed: int = flag(0, "seed of the batches; 0: the checkpoint's", min=0)
     device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps (untested)")
+    fast: str = flag("auto", "fused loss (fast/loss.py), on CUDA: auto | on | off", choices=("auto", "on", "off"))
     compile: str = flag("auto", "off | blocks | model; auto: model on CUDA where that works, else off",
                         choices=("auto", "off", "blocks", "model"))
 
 
-TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "compile")     # no use without steps
+TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "fast", "compile")     # no use without steps
 
 
 def first_steps(meta):

@@ -20,10 +20,12 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -117,6 +119,7 @@ class TrainConfig:
     device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps (untested)")
     dtype: str = flag("auto", "float32 | bfloat16 | float64; auto: bfloat16 autocast where the GPU has it",
                       choices=("auto", "float32", "bfloat16", "float64"))
+    fast: str = flag("auto", "fused loss (fast/loss.py), on CUDA: auto | on | off", choices=("auto", "on", "off"))
     compile: str = flag("auto", "off | blocks (compiles faster) | model (runs faster); auto: model on CUDA "
                         "where that works, else off", choices=("auto", "off", "blocks", "model"))
 
@@ -245,39 +248,82 @@ def train_mode(model):
     model.drop.train(model.weight.requires_grad)               # it drops embeddings
 
 
+def aligned_rows(hidden):
+    """
+    hidden states, entry k (B, T-k, d) -> (K+1, T*B, d): column j*B + b of every row predicts target j
+    of window b. Head k has no state for the first k targets; zeros stand there.
+    """
+    rows = [F.pad(h.transpose(0, 1), (0, 0, 0, 0, k, 0)) for k, h in enumerate(hidden)]    # (T, B, d)
+    return torch.stack(rows).flatten(1, 2)
+
+
+def predict(rows, weight, targets, cfg):
+    """
+    rows (R, C, d), all of which predict the same targets (C,) -> predicted ids (R, C), and sums over
+    the targets, (3, R): of the cross-entropy, of correct predictions, of the KL from row 0
+    """
+    logits = F.linear(rows, weight)                            # (R, C, V), alive until this function ends
+    ids = logits.argmax(-1)
+    sums = torch.zeros(3, len(rows), device=rows.device)
+    sums[1] = (ids == targets).sum(-1)
+    for k, row in enumerate(logits):                           # one at a time: each float32 copy is (C, V)
+        sums[0, k] = F.cross_entropy(distill.to_float32(row), targets, reduction="sum")
+        if k > 0:
+            sums[2, k] = len(targets) * distill.topn_kl(row, logits[0], cfg.top_n, cfg.kl)
+    return ids, sums
+
+
+def predict_in_chunks(model, tokens, cfg):
+    """
+    windows (B, T+1) -> predicted ids (K+1, T, B), entry [k, j] being head k's for target j, and the sums
+    of predict() over targets K .. T-1, which all K+1 heads predict
+    """
+    targets = tokens[:, 1:].T.flatten()                        # (T*B,)
+    rows = aligned_rows(model(tokens[:, :-1]))                 # (K+1, T*B, d)
+    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+    at_most = 2**28 if tokens.is_cuda else 2**21               # logits at once, as in training
+    size = max(1, at_most // (len(rows) * len(model.weight)))
+    shared = model.config.n_mtp * len(tokens)                  # the first column where no head lacks a state
+    sums = 0
+    for start in [*range(0, shared, size), *range(shared, len(targets), size)]:
+        stop = min(start + size, shared if start < shared else len(targets))
+        chunk = slice(start, stop)
+        ids[:, chunk], chunk_sums = predict(rows[:, chunk], model.weight, targets[chunk], cfg)
+        if start >= shared:                                    # else: only the acceptance needs these ids
+            sums = sums + chunk_sums
+    return ids.view(len(rows), -1, len(tokens)), sums
+
+
 @torch.no_grad()
 def evaluate(model, val, cfg, device, dtype):
     """
     the main head and every MTP head on fixed validation windows -> dict of floats and lists (K+1 or K long)
 
     loss      cross-entropy per head, nats per token (entry 0: the main head)
-    accuracy  share of the text's own tokens predicted, per head
+    accuracy  share of the dataset's own tokens predicted, per head
     kl        TopN KL from the main head, per MTP head
     ar, car   acceptance against the main head's own argmax (decode.rates); tokens_per_forward = 1 + sum of car
+
+    Heads are compared on the same targets: loss, accuracy and kl are means over targets K .. T-1 of each
+    window, which all K+1 heads predict. Acceptance counts every round that has all K drafts.
     """
     model.eval()
-    K, T, W = model.config.n_mtp, cfg.block_size, model.weight
+    K, T = model.config.n_mtp, cfg.block_size
     starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
-    count = len(starts) * (T - torch.arange(K + 1, device=device))         # targets of each head: head k has k rows fewer
-    loss, right, kl = (torch.zeros(n, device=device) for n in (K + 1, K + 1, K))       # sums over targets
+    sums = torch.zeros(3, K + 1, device=device)
     accepted = torch.zeros(K + 1, dtype=torch.long, device=device)
-    for at in range(0, len(starts), 8):
-        tokens, choices = get_batch(val, starts[at : at + 8], T, device), []
+    for first in range(0, len(starts), 8):
+        tokens = get_batch(val, starts[first : first + 8], T, device)
         with autocast(device, dtype):
-            for k, hidden in enumerate(model(tokens[:, :-1])):
-                logits, target = hidden @ W.T.to(hidden.dtype), tokens[:, k + 1 :]     # (B, T-k, V) and (B, T-k)
-                choices.append(logits.argmax(-1))
-                loss[k] += torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
-                right[k] += (choices[k] == target).sum()
-                if k == 0:
-                    teacher = logits
-                else:
-                    kl[k - 1] += distill.topn_kl(logits, teacher[:, k:], cfg.top_n, cfg.kl) * target.numel()
+            ids, batch_sums = predict_in_chunks(model, tokens, cfg)
+        sums += batch_sums
+        # head k's state at position i predicts target i+k: a round takes a diagonal of ids
+        choices = [row[k:].T for k, row in enumerate(ids)]     # (B, T-k)
         accepted += torch.bincount(decode.accepted_lengths(choices).flatten(), minlength=K + 1)
     train_mode(model)
+    loss, accuracy, kl = (sums / (len(starts) * (T - K))).tolist()
     ar, car = decode.rates(accepted.tolist())
-    return dict(loss=(loss / count).tolist(), accuracy=(right / count).tolist(), kl=(kl / count[1:]).tolist(),
-                ar=ar, car=car, tokens_per_forward=1 + sum(car))
+    return dict(loss=loss, accuracy=accuracy, kl=kl[1:], ar=ar, car=car, tokens_per_forward=1 + sum(car))
 
 
 # -----------------------------------------------------------------------------
@@ -319,19 +365,33 @@ def make_optimizer(model, cfg, state=None):
     return optimizer
 
 
-def pick_loss(compiled):
-    """choose what computes the loss: distill.py's functions as they are, or compiled"""
-    distill.compile_kernels(compiled)
+def pick_loss(cfg, device, dtype):
+    """-> (what turns a chunk of logits into loss and gradient: the fused kernels of fast/loss.py,
+    or distill.py's function, compiled or as it is; and which it is and why, in words)"""
+    why = "fast is off"
+    if cfg.fast != "off":
+        from fast import loss
+
+        why = loss.unsupported(cfg.kl, cfg.detach_teacher, device.type, dtype)
+        if why is None:
+            return loss.loss_and_grad, "fused (fast/loss.py)"
+        if cfg.fast == "on":
+            raise UserError(f"--fast on can't run here: {why}; use --fast auto or off")
+    if pick_compile(cfg, device) == "off":
+        return distill.loss_and_grad, f"plain (distill.py; {why})"
+    compiled = torch.compile(distill.mtp_d_loss, dynamic=False)
+    return partial(distill.loss_and_grad, loss=compiled), f"plain, compiled (distill.py; {why})"
 
 
-def loss_options(cfg, ramp, cuda):
+def loss_options(cfg, ramp, cuda, grad_function):
     """the arguments of distill.mtp_loss that come from flags"""
     alpha, beta = head_weights(cfg)
     chunk = 2**21                              # a CPU has small caches
     if cuda:
         chunk = 2**28 if cfg.n_mtp else 2**30  # a plain GPT on a GPU makes all of its logits at once
     return dict(alpha=alpha, beta=beta, ramp=ramp, top_n=cfg.top_n, kl=cfg.kl,
-                detach_teacher=cfg.detach_teacher, chunk_logits=chunk)
+                detach_teacher=cfg.detach_teacher, chunk_logits=chunk,
+                grad_function=grad_function)
 
 
 def pick_compile(cfg, device):
@@ -342,41 +402,47 @@ def pick_compile(cfg, device):
 
 
 def compile_model(model, cfg, tokens, dtype):
-    """torch.compile in place, tried on one batch (B, T+1) with the KL. Where it fails, --compile auto says why and
-    continues without it; what was asked for by name raises"""
-    mode = pick_compile(cfg, tokens.device)
-    pick_loss(mode != "off")
-    if mode == "off":
-        return
-    parts = [model] if mode == "model" else [*model.blocks, *model.heads]
-    # head k reads windows of a length of its own
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(256, limit)
+    """
+    torch.compile in place and pick the loss, tried on one batch (B, T+1) with the KL -> (what turns
+    logits into loss and gradient, which one it is and why)
+
+    Where this fails, auto says why and continues with the plain path; what was asked for raises.
+    """
+    device = tokens.device
+    mode = pick_compile(cfg, device)
+    grad_function, why = pick_loss(cfg, device, dtype)
+    parts = []
+    if mode != "off":
+        parts = [model] if mode == "model" else [*model.blocks, *model.heads]
     try:
+        if parts:                              # head k reads windows of a length of its own
+            torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
         for part in parts:
             part.compile(dynamic=False)
-        options = loss_options(cfg, 1.0, tokens.is_cuda)
-        with autocast(tokens.device, dtype):
-            hidden = model(tokens[:, :-1])
-            distill.mtp_loss(hidden, model.weight, tokens[:, 1:], **options)[0].backward()
+        if parts or grad_function is not distill.loss_and_grad:
+            options = loss_options(cfg, 1.0, tokens.is_cuda, grad_function)
+            with autocast(device, dtype):
+                hidden = model(tokens[:, :-1])
+                distill.mtp_loss(hidden, model.weight, tokens[:, 1:], **options)[0].backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:                 # no compiler, no Triton, an old GPU: the reasons are many
-        if cfg.compile != "auto":
+        if cfg.compile != "auto" or cfg.fast == "on":
             raise
         reason = " ".join(str(error).splitlines()[:1])[:100]
         print(f"torch.compile failed ({type(error).__name__}: {reason}); continuing without it")
         for part in parts:
             part._compiled_call_impl = None
-        pick_loss(False)
+        grad_function, why = distill.loss_and_grad, "plain (distill.py)"
     model.zero_grad(set_to_none=True)
+    return grad_function, why
 
 
-def train_step(net, model, optimizer, cfg, step, parts, dtype):
+def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
     """one optimizer step on micro-batches (B, T+1) -> the mean loss, and CE and KL of each head, (2K+2,)"""
     for group in optimizer.param_groups:
         group["lr"] = lr_at(cfg, step)
-    options = loss_options(cfg, ramp_at(cfg, step), parts[0].is_cuda)
+    options = loss_options(cfg, ramp_at(cfg, step), parts[0].is_cuda, grad_function)
     total = 0
     for i, tokens in enumerate(parts):
         sync = contextlib.nullcontext()
@@ -415,7 +481,10 @@ def train(model, cfg, train_ids, val_ids, meta, start=0, state=None, extra=None,
     # optimizer, compiled model, processes
     optimizer = make_optimizer(model, cfg, state)
     starts = batch_starts(cfg, 0, len(train_ids))[:micro_batch]
-    compile_model(model, cfg, get_batch(train_ids, starts, cfg.block_size, device), dtype)
+    first_batch = get_batch(train_ids, starts, cfg.block_size, device)
+    grad_function, why = compile_model(model, cfg, first_batch, dtype)
+    if rank == 0 and not quiet:
+        print(f"loss: {why}")
     net = model
     if world > 1:
         net = DistributedDataParallel(model, find_unused_parameters=0.0 in sum(head_weights(cfg), []))
@@ -437,7 +506,7 @@ def train(model, cfg, train_ids, val_ids, meta, start=0, state=None, extra=None,
         torch.manual_seed(int(np.random.default_rng((cfg.seed, step, rank)).integers(2**62)))
         starts = batch_starts(cfg, step, len(train_ids))[rank::world]
         tokens = get_batch(train_ids, starts, cfg.block_size, device)
-        row = train_step(net, model, optimizer, cfg, step, tokens.split(micro_batch), dtype)
+        row = train_step(net, model, optimizer, cfg, step, tokens.split(micro_batch), dtype, grad_function)
         pending.append(row)
         done = step + 1
         evaluating = done % cfg.eval_every == 0 or done == cfg.steps

@@ -1,5 +1,7 @@
-"""shared by all tests: a fixed number of threads, and the float64 fixture."""
+"""shared by all tests: a fixed number of threads, no writes into the repository, and the float64 fixture."""
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,70 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels.py without a GPU, where Triton is installed
 
 torch.set_num_threads(1)  # toy sizes: threads would mostly wait for each other, ten times as long on a busy machine
+
+
+# -----------------------------------------------------------------------------
+# a test writes under tmp_path only: out/ and data/ hold the user's own models and datasets
+
+ROOT = Path(__file__).resolve().parent.parent
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+guard = {"on": False, "temporary": ROOT / ".pytest", "found": []}
+
+
+def is_forbidden(path):
+    """whether path lies in the repository, other than in a cache or where pytest keeps its temporary files"""
+    try:
+        path = Path(os.path.abspath(os.fsdecode(path)))
+    except TypeError:  # an open file's number
+        return False
+    if not path.is_relative_to(ROOT) or path.is_relative_to(guard["temporary"]):
+        return False
+    return not any(part[0] == "." or part == "__pycache__" for part in path.relative_to(ROOT).parts)
+
+
+def forbid_writes(event, args):
+    """an audit hook: Python calls it before it opens, renames or removes a file"""
+    if not guard["on"]:
+        return
+    changed = ()
+    if event == "open" and args[2] & WRITING:
+        changed = args[:1]
+    elif event in ("os.mkdir", "os.remove"):
+        changed = args[:1]
+    elif event == "os.rename":  # os.replace, too
+        changed = args[:2]
+    for path in filter(is_forbidden, changed):
+        guard["found"].append(str(path))
+        raise AssertionError(f"a test must write under tmp_path only, not to {path}")
+
+
+sys.addaudithook(forbid_writes)
+
+
+def files_of_the_user():
+    return {path for name in ("out", "data") for path in (ROOT / name).glob("*/*")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_written_by_other_processes(tmp_path_factory):
+    """the hook sees this process alone; what others leave behind is looked for at the end"""
+    before, folder = files_of_the_user(), os.getcwd()
+    guard.update(on=True, temporary=tmp_path_factory.getbasetemp())
+    os.chdir(tmp_path_factory.mktemp("cwd"))  # for fixtures of a module, which come before those of a test
+    yield
+    os.chdir(folder)
+    guard["on"] = False
+    new = sorted(str(path) for path in files_of_the_user() - before if "__pycache__" not in path.parts)
+    assert not new, f"appeared while the tests ran: {', '.join(new)}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written_outside_tmp_path(tmp_path, monkeypatch):
+    """a relative path means tmp_path, and a write into the repository fails, even where its exception is caught"""
+    monkeypatch.chdir(tmp_path)
+    guard["found"].clear()
+    yield
+    assert not guard["found"], f"written to: {', '.join(guard['found'])}"
 
 
 @pytest.fixture

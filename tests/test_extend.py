@@ -187,7 +187,6 @@ def test_training_moves_the_new_heads_alone(base, tmp_path, monkeypatch, capsys)
     assert moved(start, weights(model)) == names(model, [2, 3])          # each of their tensors, and nothing else
     before, after = result["before"], result["after"]
     assert old_part(before, 2) == old_part(after, 2)
-    assert old_part(before, 2)[:3] == old_part(log_rows(base.parent)[-1]["val"], 2)[:3]  # (fewer rows have all 4 heads)
     assert min(before["ar"][:2]) > 0.3 and after["loss"][3:] != before["loss"][3:]
     assert after["tokens_per_forward"] != before["tokens_per_forward"] and meta["extension"]["before"] == before
     held = [entry["exp_avg"].numel() for entry in meta["optimizer"]["state"].values()]

@@ -1,6 +1,13 @@
-"""mutations.py: its list fits the code as it stands; and, slowly, every mistake in it is caught."""
+"""tests of the tests: mutations.py's list fits the code, every mistake in it is caught, no test writes into the repository."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import conftest
 import mutations
 import pytest
+import torch
 from mutations import MUTATIONS, ROOT
 
 
@@ -17,3 +24,25 @@ def test_the_snippet_occurs_once_and_the_named_tests_exist(n):
 @pytest.mark.slow
 def test_every_mutation_is_caught(capsys):
     assert mutations.main(range(len(MUTATIONS))) == 0, capsys.readouterr().out
+
+
+# ---- a test writes under tmp_path only
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: path.write_text("x"), lambda path: open(path, "ab"), lambda path: path.mkdir(),
+    lambda path: os.open(path, os.O_RDWR | os.O_CREAT), lambda path: Path("x").rename(path),
+    lambda path: path.unlink(missing_ok=True)])
+def test_a_write_into_the_repository_fails(write):
+    for name in ("ckpt.pt", "out", "data/mine"):
+        with pytest.raises(AssertionError, match="under tmp_path only"):
+            write(conftest.ROOT / name)
+        assert conftest.guard["found"].pop() == str(conftest.ROOT / name)
+        assert not (conftest.ROOT / name).is_file()
+
+
+def test_relative_paths_and_those_of_other_processes_lie_under_tmp_path(tmp_path):
+    Path("here.txt").write_text("x", encoding="utf-8")
+    torch.save([1], "here.pt")
+    subprocess.run([sys.executable, "-c", "open('there.txt', 'w')"], check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"here.txt", "here.pt", "there.txt"}

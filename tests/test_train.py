@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import train
@@ -205,7 +207,7 @@ def slow_evaluation(model, val, cfg):
         window = [int(t) for t in val[start : start + T + 1]]
         logits = [rows[0] for rows in model.all_logits(torch.tensor([window[:-1]]))]
         for k in range(K + 1):
-            for i in range(T - k):
+            for i in range(K - k, T - k):                                # all heads on the same targets, K .. T-1
                 row, target = logits[k][i], window[i + k + 1]
                 loss.setdefault(k, []).append(-float(row.log_softmax(-1)[target]))
                 right.setdefault(k, []).append(float(row.argmax() == target))
@@ -244,6 +246,40 @@ def test_evaluation_against_a_slow_loop(data, tmp_path, monkeypatch):
         assert first[name] == pytest.approx(value, abs=1e-5), name
     short = train.evaluate(model, val[:40], cfg, torch.device("cpu"), torch.float64)  # two windows and a rest
     assert short["loss"] == pytest.approx(slow_evaluation(model.eval(), val[:40], cfg)["loss"], abs=1e-5)
+
+
+class Alive(TorchDispatchMode):
+    """counts the numbers that are alive at once in tensors whose last dimension is `size`"""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.held, self.most = size, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.size(-1) == self.size:
+                storage = tensor.untyped_storage()                       # views share one
+                self.held[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes() // tensor.element_size()
+        self.held = {at: held for at, held in self.held.items() if not held[0].expired()}
+        self.most = max(self.most, sum(count for _, count in self.held.values()))
+        return out
+
+
+def test_evaluation_keeps_one_chunk_of_logits_and_chunks_change_nothing(data, tmp_path):
+    V, limit = 4099, 2**21                                               # no other dimension is 4099
+    cfg = config(data, tmp_path, eval_windows=24, block_size=32, n_mtp=3, top_n=5)
+    model = new_model(cfg, vocab=V).float()
+    val = np.random.default_rng(0).integers(0, V, 32 * 24 + 1).astype(np.uint16)
+    with Alive(V) as alive:
+        all_windows = train.evaluate(model, val, cfg, torch.device("cpu"), torch.float32)
+    assert 8 * 32 * 4 * V > 2 * limit                                    # a batch of windows has more
+    assert limit / 2 < alive.most < 2 * limit                            # one chunk, and a copy of one row of it
+    parts = [train.evaluate(model, val[32 * i :], dataclasses.replace(cfg, eval_windows=1), torch.device("cpu"),
+                            torch.float32) for i in range(24)]           # one window has 0.5 M logits: one chunk
+    for name in ("loss", "accuracy", "kl", "car"):
+        mean = np.mean([part[name] for part in parts], axis=0)
+        assert all_windows[name] == pytest.approx(mean, rel=1e-4), name
 
 
 def test_bits_per_byte_in_the_table():
