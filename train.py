@@ -41,7 +41,7 @@ from model import GPT, GPTConfig
 @dataclass
 class TrainConfig:
     preset: str = knob("", "tiny | small | shakespeare | gpt2; empty: small with CUDA, else tiny")
-    data: str = knob("python", "a data-set folder, or a source or path for data/prepare.py")
+    data: str = knob("stories", "a data-set folder, or a source or path for data/prepare.py")
     tokenizer: str = knob("", "bytes | bpe:N | gpt2; empty: the source's usual one")
     out: str = knob("", "folder for ckpt.pt and log.jsonl; empty: out/PRESET")
     # model
@@ -86,7 +86,7 @@ class TrainConfig:
 PRESETS = {
     "tiny": dict(n_layer=12, n_head=3, n_embd=96, embed_std=0.05, block_size=128, batch_size=8, steps=600, lr=3e-3, warmup=40,
                  eval_every=300, eval_windows=128, tokenizer="bpe:2048"),
-    "small": dict(data="python+packages", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
+    "small": dict(data="python", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
                   batch_size=32, micro_batch=16, steps=1500, lr=1e-3, warmup=100),
     "shakespeare": dict(data="shakespeare", tokenizer="bytes", n_layer=6, n_head=6, n_embd=384, block_size=256,
                         dropout=0.2, batch_size=64, steps=2000, lr=1e-3, warmup=100, eval_windows=10000, keep_best=True),
