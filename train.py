@@ -58,7 +58,7 @@ PRESETS = {
         lr=3e-3, warmup=40, eval_every=300, eval_windows=128, tokenizer="bpe:2048",
     ),
     "small": dict(
-        data="python+packages", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512,
+        data="python", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512,
         block_size=512, batch_size=32, micro_batch=16, steps=1500, lr=1e-3, warmup=100,
     ),
     "shakespeare": dict(
@@ -77,7 +77,7 @@ PRESETS = {
 class TrainConfig:
     preset: str = flag("", "tiny | small | shakespeare | gpt2; empty: small with CUDA, else tiny",
                        choices=("", *PRESETS))
-    data: str = flag("python", "a dataset folder, or a source or path for data/prepare.py")
+    data: str = flag("stories", "a dataset folder, or a source or path for data/prepare.py")
     tokenizer: str = flag("", "bytes | bpe:N | gpt2; empty: the source's standard tokenizer")
     out: str = flag("", "folder for ckpt.pt and log.jsonl; empty: out/PRESET, or the resumed checkpoint's")
     # model

@@ -1,6 +1,7 @@
 """Text -> token files. Makes a data-set folder with train.bin, val.bin (ids, uint16 little-endian) and meta.json.
 
-    python data/prepare.py                              the standard library of this Python, bpe:2048, no download
+    python data/prepare.py                              stories: the children's books in this folder, bpe:2048
+    python data/prepare.py python                       the standard library of this Python, bpe:2048
     python data/prepare.py python+packages              the same and the .py files of the installed packages
     python data/prepare.py shakespeare                  TinyShakespeare (1.1 MB download), bytes
     python data/prepare.py fineweb-edu --shards 10      10 x 100M GPT-2 tokens (200 MB each), of 99
@@ -14,7 +15,7 @@ In plain text a line that is exactly <|endoftext|> separates two documents.
 
 Which documents are for validation depends on nothing but their own text (5 % of all hashes), so more text never moves a
 document across. If one split would be empty, the first 90 % of the characters are for training and the rest for validation.
-From Python: `folder = prepare("python")`, then `train, val, meta = load_dataset(folder)` and `Tokenizer(meta["tokenizer"])`.
+From Python: `folder = prepare("stories")`, then `train, val, meta = load_dataset(folder)` and `Tokenizer(meta["tokenizer"])`.
 """
 import argparse
 import gzip
@@ -42,7 +43,9 @@ else:            # `python data/prepare.py`
 HERE = Path(__file__).resolve().parent
 VAL_FRACTION = 0.05                             # of the documents
 TRAIN_CHARACTERS = 0.9                          # of the text, when the split is by position; nanoGPT's numbers
-DEFAULT_TOKENIZER = {"python": "bpe:2048", "python+packages": "bpe:2048", "shakespeare": "bytes", "fineweb-edu": "gpt2"}
+STORIES = (HERE / "stories.train.txt.xz", HERE / "stories.val.txt.xz")  # README.md says what they are
+DEFAULT_TOKENIZER = {"stories": "bpe:2048", "python": "bpe:2048", "python+packages": "bpe:2048",
+                     "shakespeare": "bytes", "fineweb-edu": "gpt2"}
 PATH_TOKENIZER = "bpe:4096"
 META_KEYS = ("tokenizer", "vocab_size", "eot", "source", "sha256", "python", "train_tokens", "val_tokens",
              "train_bytes", "val_bytes", "documents", "val_documents")
@@ -258,7 +261,7 @@ def prepare_fineweb(shards, folder, quiet):
     return {**meta, "sha256": digest.hexdigest()}, spec
 
 
-def prepare(source="python", tokenizer=None, out=None, shards=1, sample_mb=2.0, quiet=False, val=None):
+def prepare(source="stories", tokenizer=None, out=None, shards=1, sample_mb=2.0, quiet=False, val=None):
     """Make a data-set folder and return its path.
 
     The arguments are those of the command (`-h` tells them); None takes the default. sample_mb is in units of 1e6 bytes.
@@ -292,7 +295,11 @@ def prepare(source="python", tokenizer=None, out=None, shards=1, sample_mb=2.0, 
         if source == "fineweb-edu":
             meta, spec = prepare_fineweb(shards, part, quiet)
         else:
-            text = fetch_shakespeare(quiet) if source == "shakespeare" else source
+            text = source
+            if source == "stories":
+                text, val = STORIES[0], val or STORIES[1]
+            elif source == "shakespeare":
+                text = fetch_shakespeare(quiet)
             meta, spec = prepare_text(text, tokenizer, part, sample_mb, quiet, val)
         for name in ("train", "val"):
             if meta[f"{name}_tokens"] < 2:
@@ -370,8 +377,8 @@ def load_dataset(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", default="python", metavar="SOURCE",
-                        help=f"{', '.join(DEFAULT_TOKENIZER)}, or the path of a text (default: python)")
+    parser.add_argument("source", nargs="?", default="stories", metavar="SOURCE",
+                        help=f"{', '.join(DEFAULT_TOKENIZER)}, or the path of a text (default: stories)")
     parser.add_argument("--tokenizer", help="bytes, bpe:N or gpt2 (default: the one in the list above)")
     parser.add_argument("--out", help="the folder to make (default: data/SOURCE-TOKENIZER beside this script)")
     parser.add_argument("--val", help="path of the validation text (default: a part of SOURCE)")

@@ -187,7 +187,7 @@ def named(mutations):
 
 def copy_to(folder):
     """the code and its tests alone: no data sets, checkpoints, caches"""
-    for pattern in ("*.py", "*.toml", "data/*.py", "tests/*.py", "results/*.py"):
+    for pattern in ("*.py", "*.toml", "data/*.py", "data/*.xz", "data/README.md", "tests/*.py", "results/*.py"):
         for path in ROOT.glob(pattern):
             target = Path(folder) / path.relative_to(ROOT)
             target.parent.mkdir(exist_ok=True)

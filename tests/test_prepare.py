@@ -246,6 +246,30 @@ def test_shakespeare_by_position(tmp_path, monkeypatch):
     assert (len(train), len(val)) == (1_003_854, 111_540) and meta["sha256"] == D.SHAKESPEARE_SHA256
 
 
+def test_the_bundled_stories_are_the_same_everywhere(tmp_path):
+    prepared = P.load_dataset(P.prepare(tokenizer="bytes", out=tmp_path / "stories", quiet=True))
+    train, val, meta = prepared
+    assert meta["source"] == "stories" and (meta["documents"], meta["val_documents"]) == (190, 20)
+    assert meta["sha256"] in (REPO / "data" / "README.md").read_text(encoding="utf-8")
+    assert 0.05 < len(val) / (len(train) + len(val)) < 0.08
+    text = as_text(train, meta) + as_text(val, meta)
+    assert text.startswith("THE CYCLONE\n\nDorothy lived") and "\r" not in text
+    for foreign in ("Gutenberg", "Transcriber", "Illustration", "Copyright", "CHAPTER", "\u201c", "_"):
+        assert foreign not in text
+    assert sum(path.stat().st_size for path in P.STORIES) < 900_000
+
+
+def test_stories_are_the_default(tmp_path):
+    import train
+    assert train.TrainConfig.data == "stories" and train.PRESETS["tiny"]["tokenizer"] == "bpe:2048"
+    assert "data" not in train.PRESETS["tiny"]
+    assert (train.PRESETS["small"]["data"], train.PRESETS["small"]["tokenizer"]) == ("python", "bpe:8192")
+    (tmp_path / "v.txt").write_text("another validation text", encoding="utf-8")
+    folder = P.prepare("stories", "bytes", tmp_path / "out", val=tmp_path / "v.txt", quiet=True)
+    _, val, meta = P.load_dataset(folder)
+    assert as_text(val, meta) == "another validation text<|endoftext|>"
+
+
 # -- what must not happen
 
 @pytest.fixture
@@ -303,7 +327,7 @@ def test_bad_text_leaves_nothing_and_the_old_data_set(tmp_path, good, name, cont
 @pytest.mark.parametrize("arguments,message", [
     ({"tokenizer": "bpe:256"}, "257 to 65536"), ({"tokenizer": "bpe:65537"}, "257 to 65536"),
     ({"tokenizer": "bpe:x"}, "unknown tokenizer"), ({"tokenizer": "gpt3"}, "unknown tokenizer"),
-    ({"source": "no-such-thing"}, "no-such-thing.*expected python"), ({"val": "no-such-file"}, "no-such-file"),
+    ({"source": "no-such-thing"}, "no-such-thing.*expected stories, python"), ({"val": "no-such-file"}, "no-such-file"),
     ({"source": "fineweb-edu", "shards": 0}, "1 to 99"), ({"source": "fineweb-edu", "shards": 100}, "1 to 99"),
     ({"source": "fineweb-edu", "tokenizer": "bytes"}, "gpt2"), ({"sample_mb": 0}, "sample_mb"),
 ])
