@@ -7,7 +7,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels.py without a GPU, where Triton is installed
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # fast/ without a GPU, where Triton is installed
 
 torch.set_num_threads(1)  # toy sizes: threads would mostly wait for each other, ten times as long on a busy machine
 

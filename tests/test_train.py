@@ -45,7 +45,6 @@ def undo_globals(monkeypatch):
     monkeypatch.setattr(common, "git_commit", lambda: "1234567")          # a process each time
     yield
     torch.set_float32_matmul_precision(before)
-    train.distill.compile_kernels(False)
 
 
 def config(data, out, **changes):

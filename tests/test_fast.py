@@ -1,19 +1,22 @@
-"""kernels.py against distill.py: on a GPU as it is; without one, by Triton's interpreter (tests/conftest.py asks for it)."""
+"""fast/ against distill.py and decode.py: on a GPU as it is; without one, by Triton's interpreter (conftest.py asks for it)."""
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import decode
 import distill
-import kernels
+import fast.decode
+import fast.loss
 import model
+import train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDED = (3, 5) if DEVICE == "cuda" else (3, 7)                # before 3.7, the interpreter stumbles over today's NumPy
-pytestmark = pytest.mark.skipif(kernels.version() < NEEDED, reason=f"needs Triton {NEEDED[0]}.{NEEDED[1]} (it comes with PyTorch for CUDA)")
+pytestmark = pytest.mark.skipif(fast.loss.triton_version() < NEEDED, reason=f"needs Triton {NEEDED[0]}.{NEEDED[1]} (it comes with PyTorch for CUDA)")
 
 
 def distinct(*shape, V, seed):
@@ -26,24 +29,18 @@ def distinct(*shape, V, seed):
 
 
 def slow(logits, targets, alpha, beta, n):
-    """distill.py's functions, in float64"""
-    logits, alpha, beta = logits.double(), alpha.double(), beta.double()
-    ce, grad = distill.cross_entropy_grad(logits, targets, alpha)
-    kl = torch.zeros_like(beta)
-    if n:
-        top = logits[0].topk(n).indices
-        kl, _ = distill.add_divergence_grad(grad[1:], logits[1:], logits[0], top, beta, "forward")
-    return ce, kl, grad
+    """distill.py's loss, in float64"""
+    return distill.loss_and_grad(logits.double(), targets, alpha.double(), beta.double(), n, "forward", True)
 
 
 @pytest.mark.parametrize("R, V, n", [(1, 40, 0), (3, 40, 0), (3, 40, 7), (2, 40, 1), (3, 40, 40), (5, 70, 33), (2, 64, 63)])
 def test_same_as_distill(R, V, n, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", 16)                  # rows take several blocks, the last one a part
+    monkeypatch.setattr(fast.loss, "BLOCK", 16)                  # rows take several blocks, the last one a part
     C, gen = 2, torch.Generator().manual_seed(V + n + R)
     logits, targets = distinct(R, C, V=V, seed=n), torch.randint(V, (C,), generator=gen).to(DEVICE)
     alpha, beta = torch.tensor([1.0, 0.3, 0.2, 0.0, 0.5])[:R].to(DEVICE), torch.tensor([0.5, 0.7, 1.0, 0.1])[: R - 1].to(DEVICE)
     before = logits.clone()
-    ce, kl, grad = kernels.loss_and_grad(logits, targets, alpha, beta, n)
+    ce, kl, grad = fast.loss.loss_and_grad(logits, targets, alpha, beta, n)
     want = slow(logits, targets, alpha, beta, n)
     assert torch.equal(logits, before) and grad.dtype == torch.bfloat16
     torch.testing.assert_close(ce.double(), want[0], rtol=1e-5, atol=1e-5)
@@ -60,7 +57,7 @@ def test_the_border_lets_the_n_largest_in(n):
     n = int((row > 0).sum()) + 1 if n == "zero" else n         # zero: the border is 0.0, and -0.0 is no smaller
     logits = row.bfloat16().expand(1, 2, V).contiguous().to(DEVICE)
     out = torch.zeros(3, 2, device=DEVICE)
-    kernels.teacher_sums[(2,)](logits, out, n, 2, V, 16)
+    fast.loss.teacher_kernel[(2,)](logits, out, n, 2, V, 16)
     z = logits[0, 0].double()
     kept = z[z >= z.topk(n).values[-1]]
     assert all(torch.equal(z[z >= border], kept) for border in out[0].double())
@@ -74,7 +71,7 @@ def test_a_vocabulary_shorter_than_a_block(V, n):
     """threads that never see a word add nothing"""
     logits, targets = distinct(2, 1, V=V, seed=1) if V < 100 else rand(2, 1, V).bfloat16(), torch.tensor([V - 1], device=DEVICE)
     alpha, beta = torch.tensor([1.0, 0.3], device=DEVICE), torch.tensor([0.5], device=DEVICE)
-    for got, want in zip(kernels.loss_and_grad(logits, targets, alpha, beta, n), slow(logits, targets, alpha, beta, n)):
+    for got, want in zip(fast.loss.loss_and_grad(logits, targets, alpha, beta, n), slow(logits, targets, alpha, beta, n)):
         torch.testing.assert_close(got.double(), want.double(), rtol=2**-7, atol=1e-5)
 
 
@@ -83,39 +80,47 @@ def test_a_student_far_from_the_teacher():
     logits = torch.zeros(2, 1, 40, dtype=torch.bfloat16, device=DEVICE)
     logits[0, 0, 3], logits[1, 0, 7], logits[1, 0, 3] = 4.0, 40.0, -40.0
     alpha, beta = torch.zeros(2, device=DEVICE), torch.ones(1, device=DEVICE)
-    _, kl, grad = kernels.loss_and_grad(logits, torch.tensor([0], device=DEVICE), alpha, beta, 1)
+    _, kl, grad = fast.loss.loss_and_grad(logits, torch.tensor([0], device=DEVICE), alpha, beta, 1)
     assert kl.abs().max() < 1e-4 and grad.abs().max() < 1e-2
 
 
 def test_a_head_without_beta_has_no_kl():
     logits, targets = distinct(3, 2, V=40, seed=1), torch.tensor([3, 5], device=DEVICE)
     alpha, beta = torch.tensor([1.0, 0.3, 0.3], device=DEVICE), torch.tensor([0.0, 0.5], device=DEVICE)
-    _, kl, grad = kernels.loss_and_grad(logits, targets, alpha, beta, 8)
+    _, kl, grad = fast.loss.loss_and_grad(logits, targets, alpha, beta, 8)
     assert kl[0] == 0 and kl[1] > 0
-    assert torch.equal(grad[1], kernels.loss_and_grad(logits, targets, alpha, 0 * beta, 0)[2][1])
+    assert torch.equal(grad[1], fast.loss.loss_and_grad(logits, targets, alpha, 0 * beta, 0)[2][1])
 
 
-def test_chunk_loss_takes_them(monkeypatch):
-    """chunk_loss with the kernels equals chunk_loss without, on bf16 hidden states; other losses stay with torch"""
+def test_the_whole_loss_through_mtp_loss():
+    """mtp_loss with the kernels equals mtp_loss without, on bf16 hidden states: values and gradients"""
     gen = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(3, 4, 16, generator=gen).bfloat16().to(DEVICE), torch.randn(50, 16, generator=gen).bfloat16().to(DEVICE)
-    targets = torch.randint(50, (4,), generator=gen).to(DEVICE)
-    alpha, beta = torch.tensor([1.0, 0.3, 0.3], device=DEVICE), torch.tensor([0.5, 0.5], device=DEVICE)
-    calls, real = [], kernels.loss_and_grad
-    monkeypatch.setattr(kernels, "loss_and_grad", lambda *a: calls.append(1) or real(*a))
+    hidden = [torch.randn(2, 5 - k, 16, generator=gen).bfloat16().to(DEVICE) for k in range(3)]
+    weight = torch.randn(50, 16, generator=gen).bfloat16().to(DEVICE)
+    targets = torch.randint(50, (2, 5), generator=gen).to(DEVICE)
+    results = []
+    for function in (distill.loss_and_grad, fast.loss.loss_and_grad):
+        leaves = [x.clone().requires_grad_() for x in (weight, *hidden)]
+        loss, ce, kl = distill.mtp_loss(leaves[1:], leaves[0], targets, top_n=50, chunk_logits=400, grad_function=function)
+        results.append([loss.detach(), ce, kl, *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.03, atol=0.01)
 
-    def loss(fused, *options):
-        monkeypatch.setattr(distill, "fused", fused)
-        return distill.chunk_loss(hidden, weight, targets, alpha, beta, *options)
 
-    for got, want in zip(loss(True, 50, "forward", True), loss(False, 50, "forward", True)):
-        torch.testing.assert_close(got.float(), want.float(), rtol=0.02, atol=0.02)
-    assert calls == [1]
-    for options in ((50, "reverse", True), (50, "tv", True), (50, "forward", False)):
-        loss(True, *options)
-    assert calls == [1]
-    loss(True, 0, "reverse", False)                            # without the KL, its kind does not matter
-    assert calls == [1, 1]
+def test_which_loss_runs_and_why(monkeypatch):
+    def picked(dtype=torch.bfloat16, **changes):
+        cfg = train.TrainConfig(compile="off", **changes)
+        return train.pick_loss(cfg, torch.device(DEVICE), dtype)
+    assert picked() == (fast.loss.loss_and_grad, "fused (fast/loss.py)")
+    for changes, found in (({"kl": "reverse"}, "forward KL"), ({"detach_teacher": False}, "detached teacher"), ({"fast": "off"}, "fast is off"),
+                           ({"dtype": torch.float32}, "not float32")):
+        function, why = picked(**changes)
+        assert function is distill.loss_and_grad and found in why
+        if changes.get("fast") != "off":
+            with pytest.raises(train.UserError, match="--fast on can't run here.*--fast auto"):
+                picked(**{**changes, "fast": "on"})
+    monkeypatch.setattr(fast.loss.triton, "__version__", "3.2.0")
+    assert "Triton 3.3" in picked()[1]
 
 
 # -----------------------------------------------------------------------------
@@ -132,21 +137,21 @@ def test_linear_is_torchs(T, d_in, d_out, norm, relu, residual):
     g, r = (rand(d_in, seed=2) if norm else None), (rand(1, T, d_out, seed=3) if residual else None)
     want = torch.nn.functional.linear(x if g is None else torch.nn.functional.rms_norm(x, (d_in,), g, 1e-5), weight)
     want = want.relu().square() if relu else want + r if residual else want
-    torch.testing.assert_close(kernels.linear(x, weight, g, relu, r), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.decode.linear(x, weight, g, relu, r), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("many", [32, 0])
 def test_linear_takes_rows_of_a_cache_and_of_a_table(many, monkeypatch):
-    monkeypatch.setattr(kernels, "MANY", many)                 # 0: the way of the many rows, by torch
+    monkeypatch.setattr(fast.decode, "MAX_ROWS", many)                 # 0: the way of the many rows, by torch
     norm, norm2 = rand(16, seed=3), rand(16, seed=4)
     rows, rows2 = torch.tensor([[[4, 0, 2], [1, 3, 1]], [[0, 0, 4], [2, 1, 4]]], device=DEVICE)
     cache, table = rand(2, 5, 16), rand(5, 16, seed=2)
     left, right = torch.stack([cache[b, rows[b]] for b in range(2)]), table[rows2]
-    torch.testing.assert_close(kernels.linear(cache, rand(8, 16), rows=rows), left @ rand(8, 16).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.decode.linear(cache, rand(8, 16), rows=rows), left @ rand(8, 16).T, rtol=1e-4, atol=1e-4)
     both = torch.cat((torch.nn.functional.rms_norm(left, (16,), norm, 1e-5), torch.nn.functional.rms_norm(right, (16,), norm2, 1e-5)), -1)
     copy = torch.zeros(2, 6, 8, device=DEVICE)
     at = torch.tensor([[5, 1, 2], [0, 3, 4]], device=DEVICE)
-    got = kernels.linear(cache, rand(8, 32, seed=5), norm, rows=rows, second=(table, norm2, rows2), copy=(copy, at))
+    got = fast.decode.linear(cache, rand(8, 32, seed=5), norm, rows=rows, second=(table, norm2, rows2), copy=(copy, at))
     torch.testing.assert_close(got, both @ rand(8, 32, seed=5).T, rtol=1e-4, atol=1e-4)
     for b in range(2):
         assert torch.equal(copy[b, at[b]], got[b]) and copy[b].abs().sum(-1).count_nonzero() == 3
@@ -158,14 +163,14 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 @on_a_gpu
 def test_a_row_is_the_same_to_the_last_bit_whatever_is_beside_it():
     x, weight, g = rand(1, 18, 40).bfloat16(), rand(24, 40, seed=1).bfloat16(), rand(40, seed=2).bfloat16()
-    together = kernels.linear(x, weight, norm=g)
+    together = fast.decode.linear(x, weight, norm=g)
     for rows in (slice(0, 1), slice(3, 8), slice(15, 18)):
-        assert torch.equal(kernels.linear(x[:, rows], weight, norm=g), together[:, rows])
+        assert torch.equal(fast.decode.linear(x[:, rows], weight, norm=g), together[:, rows])
     gpt = model.GPT(model.GPTConfig(n_embd=32, n_head=2)).to(DEVICE)
     qkv, pos = rand(1, 5, 96, seed=4).bfloat16(), torch.arange(200, 205, device=DEVICE)[None]
     caches = [(rand(1, 2, 210, 16, seed=5).bfloat16(), rand(1, 2, 210, 16, seed=6).bfloat16()) for _ in range(2)]
-    together = kernels.attention(qkv, gpt.rope, caches[0], pos, 2)
-    alone = [kernels.attention(qkv[:, i : i + 1], gpt.rope, caches[1], pos[:, i : i + 1], 2) for i in range(5)]
+    together = fast.decode.attention(qkv, gpt.rope, caches[0], pos, 2)
+    alone = [fast.decode.attention(qkv[:, i : i + 1], gpt.rope, caches[1], pos[:, i : i + 1], 2) for i in range(5)]
     assert torch.equal(torch.cat(alone, 1), together)
 
 
@@ -176,44 +181,69 @@ def test_attention_is_the_models():
     caches = [(rand(2, 2, 16, 16, seed=4), rand(2, 2, 16, 16, seed=5)) for _ in range(2)]
     x, pos = rand(2, 3, 32), torch.tensor([[5, 6, 7], [0, 0, 1]], device=DEVICE)
     x[1, 1] = x[1, 0]                                          # near the start of a text, a draft does row 0 repeatedly
-    where = gpt.where(model.Cache(config, 2, 16, DEVICE), pos)
+    where = gpt.positions(model.Cache(config, 2, 16, DEVICE), pos)
     with torch.no_grad():
-        want = attn(x, where[3], caches[0], where)
+        want = attn(x, where.rope, caches[0], where)
         qkv = attn.qkv(x)
-        got = kernels.attention(qkv, gpt.rope, caches[1], pos, 2)
+        got = fast.decode.attention(qkv, gpt.rope, caches[1], pos, 2)
         torch.testing.assert_close(attn.proj(got), want, rtol=1e-5, atol=1e-5)
         for a, b in zip(caches[0], caches[1]):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("heads, temperature", [(0, 0.0), (2, 0.0), (2, 1.0)])
-def test_decoding_is_the_same(heads, temperature):
+def toy():
     gpt = model.GPT(model.GPTConfig(vocab_size=11, block_size=12, n_layer=1, n_head=1, n_embd=16, n_mtp=2)).to(DEVICE)
     with torch.no_grad():
         for p in gpt.parameters():
             p.copy_(rand(*p.shape, seed=p.numel()) / p.size(-1) ** 0.5)
+    return gpt
 
-    def text():
+
+@pytest.mark.parametrize("heads, temperature, rule", [(0, 0.0, "residual"), (2, 0.0, "residual"), (2, 1.0, "residual"), (2, 1.0, "point"),
+                                                      (2, 1.0, "match")])
+def test_one_seed_is_one_text_with_and_without_the_fast_path(heads, temperature, rule):
+    gpt, texts = toy(), {}
+    for path in ("on", "off", "auto"):
         generator = torch.Generator(DEVICE).manual_seed(1)
-        return decode.generate(gpt, [[1, 2, 3], [4]], 4, heads=heads, temperature=temperature, generator=generator)
-    want, _ = text()
-    kernels.install(gpt)
-    assert text()[0] == want
+        texts[path], _ = decode.generate(gpt, [[1, 2, 3], [4]], 4, heads=heads, temperature=temperature, accept=rule,
+                                         generator=generator, fast=path)
+    assert texts["on"] == texts["off"] == texts["auto"]
 
 
-def test_models_that_they_can_not_take(monkeypatch):
-    for changes, dtype, found in ((dict(n_head=4), torch.float32, "and 8"), ({}, torch.float64, "float64")):
+def test_nothing_is_left_in_the_model():
+    """a model that was decoded fast is what it was"""
+    gpt = toy()
+    before = {name: dict(vars(module)) for name, module in gpt.named_modules()}
+    decoder = decode.make_decoder(gpt, 1, 10, 2, fast="on")
+    assert isinstance(decoder, fast.decode.FastDecoder) and "fast" in decoder.why
+    decode.run_decoder(decoder, [[1, 2]], 6)
+    after = {name: dict(vars(module)) for name, module in gpt.named_modules()}
+    assert {n: v.keys() for n, v in before.items()} == {n: v.keys() for n, v in after.items()}
+    assert all(v[key] is after[n][key] for n, v in before.items() for key in v if not isinstance(v[key], (bool, int, float)))
+
+
+def test_auto_falls_back_and_on_does_not(monkeypatch):
+    for changes, dtype, found in ((dict(n_head=4), torch.float32, "not 8"), ({}, torch.float64, "float64")):
         config = {**dict(vocab_size=9, block_size=12, n_layer=1, n_head=1, n_embd=32, n_mtp=1), **changes}
-        gpt = model.GPT(model.GPTConfig(**config)).to(dtype)
-        with pytest.raises(ValueError, match=f"{found}.*--compile off"):
-            kernels.install(gpt)
-    monkeypatch.setattr(kernels.triton, "__version__", "3.4.1")
-    with pytest.raises(ValueError, match="Triton 3.5 or later.*found Triton 3.4.1"):
-        kernels.install(model.GPT(model.GPTConfig(n_embd=32, n_head=2)).to(DEVICE))
-    logits = torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=DEVICE)
-    assert kernels.usable(logits)
-    monkeypatch.setattr(kernels.triton, "__version__", "3.2.0")            # then torch.compile does the loss
-    assert not kernels.usable(logits)
+        gpt = model.GPT(model.GPTConfig(**config)).to(DEVICE, dtype)
+        with pytest.raises(decode.UserError, match=f"{found}.*auto or off"):
+            decode.make_decoder(gpt, 1, 8, 1, fast="on")
+        decoder = decode.make_decoder(gpt, 1, 8, 1, fast="auto")
+        assert type(decoder) is decode.Decoder and found in decoder.why
+
+    def broken(*args, **options):
+        raise RuntimeError("no compiler here\nmore lines")
+    gpt = toy()
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.decode.FastDecoder, "__init__", broken)
+        decoder = decode.make_decoder(gpt, 1, 8, 1, fast="auto")
+        assert type(decoder) is decode.Decoder and "no compiler here" in decoder.why and "more lines" not in decoder.why
+        with pytest.raises(RuntimeError, match="no compiler"):
+            decode.make_decoder(gpt, 1, 8, 1, fast="on")
+    monkeypatch.setattr(fast.decode.triton, "__version__", "3.4.1")
+    assert fast.decode.unsupported(gpt) == "needs Triton 3.5 or later, found Triton 3.4.1"
+    with pytest.raises(decode.UserError, match="fast is 'maybe'"):
+        decode.make_decoder(gpt, 1, 8, 1, fast="maybe")
 
 
 @on_a_gpu
@@ -223,7 +253,7 @@ def test_in_bf16_the_text_is_plain_decodings_to_the_last_token(heads):
     gpt = model.GPT(model.GPTConfig(vocab_size=512, block_size=256, n_layer=4, n_head=4, n_embd=256, n_mtp=4)).to("cuda", torch.bfloat16)
     for n in range(8):
         prompt = torch.randint(512, (20 + n,)).tolist()
-        texts = [decode.generate(gpt, [prompt], 150, heads=k, compile="kernels")[0] for k in (0, heads)]
+        texts = [decode.generate(gpt, [prompt], 150, heads=k, fast="on")[0] for k in (0, heads)]
         assert texts[0] == texts[1]
 
 
@@ -232,10 +262,10 @@ import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import kernels, model
+import fast.decode, fast.loss, model
 
 arch = int(sys.argv[1])
-kernels.early = lambda: dict(PDL=arch >= 90)
+fast.decode.pdl_options = lambda: dict(PDL=arch >= 90)
 
 class Compiled:
     """stands for a kernel: a launch is compiled for the GPU, with this launch's types and constants, and not run"""
@@ -255,21 +285,21 @@ class Compiled:
         assert made.metadata.shared <= 99 * 1024, (self.kernel, signature, fixed, made.metadata.shared)
         print("compiled", self.kernel.__name__)
 
-for name in ("few_rows", "attend", "teacher_sums", "loss_grad"):
-    setattr(kernels, name, Compiled(getattr(kernels, name)))
+for module, names in ((fast.decode, ("skinny_matmul_kernel", "attention_kernel")), (fast.loss, ("teacher_kernel", "loss_grad_kernel"))):
+    for name in names:
+        setattr(module, name, Compiled(getattr(module, name)))
 for dtype in (torch.bfloat16, torch.float32):
     for d, heads in ((384, 6), (256, 2), (1280, 10)):
         gpt = model.GPT(model.GPTConfig(9000, 32, 1, heads, d, 2)).to(dtype)
-        for part in (gpt.blocks[0], gpt.heads[0].block):
-            part.forward = __import__("functools").partial(kernels.block, part, kernels.tile_of(gpt))
+        steps = fast.decode.FastModel(gpt)
         cache, pos = model.Cache(gpt.config, 1, 20, None, dtype), torch.tensor([[4, 5, 6]])
-        where = kernels.where(gpt, cache, pos)
-        gpt.blocks[0](torch.zeros(1, 3, d, dtype=dtype), where[3], cache.kv[0], where)
-        kernels.head_step(gpt, 1, pos, cache, where)
-        kernels.logits(gpt, 0, torch.zeros(1, 3, d, dtype=dtype))
+        where = steps.positions(cache, pos)
+        steps.trunk_step(pos, cache, where)
+        steps.head_step(1, pos, cache, where)
+        steps.logits(0, torch.zeros(1, 3, d, dtype=dtype))
 for K, n in ((4, 8), (0, 0)):
     logits = torch.zeros(K + 1, 2, 50304, dtype=torch.bfloat16)
-    kernels.loss_and_grad(logits, torch.zeros(2, dtype=torch.long), torch.ones(K + 1), torch.ones(K), n)
+    fast.loss.loss_and_grad(logits, torch.zeros(2, dtype=torch.long), torch.ones(K + 1), torch.ones(K), n)
 '''
 
 
@@ -277,8 +307,9 @@ for K, n in ((4, 8), (0, 0)):
 @pytest.mark.parametrize("arch", [80, 90])
 def test_they_compile_for_a_gpu_that_is_not_there(arch):
     """the interpreter takes more Python than the compiler does; and a consumer GPU has 99 KB of shared memory"""
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    root = Path(fast.__file__).parent.parent
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", COMPILE, str(arch)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(done.stdout.split("compiled ")[1:])
-    assert {n.strip() for n in names} == {"few_rows", "attend", "teacher_sums", "loss_grad"}
+    assert {n.strip() for n in names} == {"skinny_matmul_kernel", "attention_kernel", "teacher_kernel", "loss_grad_kernel"}
