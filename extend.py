@@ -1,7 +1,7 @@
 """
 extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, section 3).
 
-    python extend.py out/tiny/ckpt.pt --heads 8              4 -> 8 heads, training the new ones; writes out/tiny-8/ckpt.pt
+    python extend.py out/tiny/ckpt.pt --heads 8              train 4 more heads -> out/tiny-8/ckpt.pt
     python extend.py out/tiny/ckpt.pt --heads 8 --steps 0    the training-free pilot: only the copy
     python extend.py out/tiny-8/ckpt.pt --heads 16           and again
     python extend.py --resume out/tiny-8/ckpt.pt             continue an extension that was stopped
@@ -74,21 +74,23 @@ class ExtendConfig:
     beta: str = flag("", "weight of the KL to the main head; empty: the checkpoint's")
     batch_size: int = flag(0, "windows per step; 0: the checkpoint's", min=0)
     micro_batch: int = flag(-1, "windows per forward; -1: the checkpoint's", min=-1)
-    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; 0: the checkpoint's", min=0)
+    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; 0: the checkpoint's",
+                           min=0)
     eval_windows: int = flag(0, "validation windows; 0: the checkpoint's", min=0)
     seed: int = flag(0, "seed of the batches; 0: the checkpoint's", min=0)
-    device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps (untested)")
+    device: str = flag("auto", "cpu | cuda | mps (untested); auto: cuda where there is one, else cpu")
     compile: str = flag("auto", "off | blocks | model; auto: model on CUDA where that works, else off",
                         choices=("auto", "off", "blocks", "model"))
 
 
-TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "compile")     # no use without steps
+# flags that have no effect without training steps
+TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "compile")
 
 
 def first_steps(meta):
     """of the training that made the first heads"""
     before = meta.get("extension", {})
-    return before.get("first_steps", meta["train_config"]["steps"])
+    return before.get("first_steps", train.stored_config(meta).steps)
 
 
 def extension_config(meta, model, given, m):
@@ -107,8 +109,8 @@ def extension_config(meta, model, given, m):
     cfg = dataclasses.replace(
         base, **kept, n_mtp=m, out=flags.out, device=flags.device, compile=flags.compile,
         steps=steps, schedule_steps=0, warmup=min(base.warmup, steps // 10),
-        keep_best=False,                       # the main head is frozen: its loss can't say which is best
-        kl_start=0.0, kl_ramp=0.0,             # the teacher is trained and frozen: learn from it at once
+        keep_best=False,           # the main head is frozen: its loss can't say which is best
+        kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once
     )
     alpha, beta = train.head_weights(cfg)
     cfg.n_mtp = model.config.n_mtp
@@ -141,10 +143,11 @@ def begin(path, model, meta, given):
     check_flags(flags)
     useless = [f"--{name}" for name in TRAINING if name in given and flags.steps == 0]
     if useless:
-        raise UserError(f"{', '.join(useless)} has no effect with --steps 0, which only copies; leave it out")
+        raise UserError(f"{', '.join(useless)} has no effect with --steps 0, which only copies; "
+                        "leave it out")
     try:
         model = loop_heads(model, flags.heads or 2 * m)
-    except ValueError as error:                # "heads is 2; this model has .."
+    except ValueError as error:    # "heads is 2; this model has .."
         raise UserError(str(error)) from None
     n = model.config.n_mtp
     out = output_folder(path, flags.out, n)
@@ -158,13 +161,15 @@ def resume(path, meta, given):
     """-> (TrainConfig, plan) of an extension that was stopped"""
     other = [f"--{name}" for name in given if name not in ("out", "device")]
     if "extension" not in meta:
-        raise UserError(f"{path} was not written by extend.py: resume it with `python train.py --resume {path}`")
+        raise UserError(f"{path} was not written by extend.py: resume it with "
+                        f"`python train.py --resume {path}`")
     if other:
-        raise UserError(f"--resume continues the extension as it was begun; leave out {', '.join(other)}")
+        raise UserError("--resume continues the extension as it was begun; leave out "
+                        f"{', '.join(other)}")
     plan, cfg = meta["extension"], train.stored_config(meta)
     if len(plan.get("stages", [0])) > 1:
-        raise UserError(f"{path} trains its heads one at a time, which this version does not have; "
-                        "resume it with the version that wrote it")
+        raise UserError(f"{path} trains its heads one at a time, which this version lacks; resume it "
+                        "with the version that wrote it")
     cfg.out = given.get("out") or str(path.parent)
     cfg.device = given.get("device", cfg.device)
     if cfg.steps:
@@ -192,7 +197,8 @@ def main():
     ])
     resumed = rest["resume"] is not None
     if resumed == (rest["checkpoint"] is not None):
-        raise UserError("give one checkpoint: `extend.py CKPT --heads N`, or `extend.py --resume CKPT`")
+        raise UserError("give one checkpoint: `extend.py CKPT --heads N`, "
+                        "or `extend.py --resume CKPT`")
     if processes()[1] > 1:
         raise UserError("extend.py runs in one process; start it without torchrun")
 
@@ -209,7 +215,8 @@ def main():
     train.check_data(path, cfg, data_meta, meta, same_text=resumed)
     dtype, _ = pick_dtype(cfg.dtype, device)
     m, n = plan["from_heads"], model.config.n_mtp
-    print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; writing to {cfg.out}")
+    print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; "
+          f"writing to {cfg.out}")
 
     # evaluate the copy, train the new heads
     if "before" not in plan:
@@ -225,7 +232,7 @@ def main():
                             data_sha256=data_meta["sha256"], extension=plan)
     elif cfg.steps > start or not meta.get("evaluated", True):
         after = train.train(model, cfg, *data, start, state, extra={"extension": plan})
-    else:                                      # an extension that was at its end already
+    else:  # an extension that was at its end already
         after = train.evaluate(model, val_ids, cfg, device, dtype)
     print(comparison(plan["before"], after, m))
     print(f"checkpoint {cfg.out}/ckpt.pt")
