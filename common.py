@@ -1,6 +1,6 @@
 """
-common.py: helpers that the scripts share, without any of the ideas: flags, device, checkpoint files,
-the log, errors.
+common.py: helpers that the scripts share, without any of the ideas: flags, device, checkpoints, the
+log, errors.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 
 
 def flag(default, help, min=None, max=None, below=None, choices=None):
-    """a field of a config dataclass that is a command-line flag: its meaning, and its possible values"""
+    """a field of a config dataclass that is a command-line flag: what it means and may be"""
     limits = dict(min=min, max=max, below=below, choices=choices)
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -173,8 +173,8 @@ def save_checkpoint(path, model, **meta):
 
 
 def keep_old(folder):
-    """rename what an earlier run left in this folder, so that a new run destroys nothing: one generation
-    is kept. best.pt and the log go with it, or they would pass for the new run's"""
+    """rename what an earlier run left in this folder, so that a new run destroys nothing: one
+    generation is kept. best.pt and the log go with it, or they would pass for the new run's"""
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("ckpt.pt", "best.pt")):
         return
@@ -315,7 +315,7 @@ def trace(tokenizer, prompt, n_mtp):
 
 
 def make_output_safe():
-    """a character that the output can't encode is printed as an escape; printing must not end a run"""
+    """a character that the output can't encode is printed as an escape: that must not end a run"""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -330,14 +330,14 @@ def lost_connection(error):
     """whether this error only says that another process of torchrun has stopped"""
     if not connected():
         return False
-    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "process exited")
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     known = any(text in str(error) for text in texts)
     return known or isinstance(error, torch.distributed.DistError)
 
 
 def run(main):
-    """call main(). A UserError is shown in one line, with exit code 1; every other exception is a mistake
-    in the program and keeps its traceback"""
+    """call main(). A UserError is shown in one line, with exit code 1; every other exception is a
+    mistake in the program and keeps its traceback"""
     make_output_safe()
     script = Path(sys.argv[0]).name
     try:
@@ -357,5 +357,5 @@ def run(main):
         if not memory:
             raise
         reason = str(error).splitlines()[0][:120]
-        sys.exit(f"out of memory ({reason}): lower --micro_batch (the result stays the same, but for "
-                 "dropout), --block_size or the model's size")
+        sys.exit(f"out of memory ({reason}): lower --micro_batch (the result stays the same, but "
+                 "for dropout), --block_size or the model's size")

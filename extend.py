@@ -1,19 +1,20 @@
 """
 extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, section 3).
 
-    python extend.py out/tiny/ckpt.pt --heads 8              train 4 more heads -> out/tiny-8/ckpt.pt
-    python extend.py out/tiny/ckpt.pt --heads 8 --steps 0    the training-free pilot: only the copy
-    python extend.py out/tiny-8/ckpt.pt --heads 16           and again
-    python extend.py --resume out/tiny-8/ckpt.pt             continue an extension that was stopped
-    python extend.py -h                                      every flag, its default and its meaning
+    python extend.py out/tiny/ckpt.pt --heads 8            train 4 more heads -> out/tiny-8/ckpt.pt
+    python extend.py out/tiny/ckpt.pt --heads 8 --steps 0  the training-free pilot: only the copy
+    python extend.py out/tiny-8/ckpt.pt --heads 16         and again
+    python extend.py --resume out/tiny-8/ckpt.pt           continue an extension that was stopped
+    python extend.py -h                                    every flag, its default and its meaning
 
 Head m+j starts as a copy of head j, and reads the head before it, so that the cascade goes on:
 
-    trained   h^0 -> head 1 -> .. -> head m           frozen, like the trunk, the embedding and the output head
-    looped                              -> head m+1 (copy of 1) -> head m+2 (copy of 2) -> ..     these alone train
+    trained   h^0 -> head 1 -> .. -> head m               frozen, like trunk, embedding, output head
+    looped       -> head m+1 (copy of 1) -> head m+2 (copy of 2) -> ..            these alone train
 
-A head learned to turn h^{k-1} and one more token into h^k, whatever k is, so a copy is a good start. Frozen parts run
-without a gradient and keep no activations: a step costs about half of one that trains everything (README.md).
+A head learned to turn h^{k-1} and one more token into h^k, whatever k is, so a copy is a good
+start. Frozen parts run without a gradient and keep no activations: a step costs about half of one
+that trains everything.
 """
 
 import dataclasses
@@ -40,17 +41,20 @@ from model import GPT
 
 
 def loop_heads(model, n_mtp):
-    """a new GPT with n_mtp heads: head m+j copies head j, as often as needed, the last round perhaps cut short. Weights
-    are copied, never shared. Raises ValueError if the model has no heads, or n_mtp is not more than it has"""
+    """a new GPT with n_mtp heads: head m+j copies head j, as often as needed, the last round maybe
+    cut short. Weights are copied, never shared. Raises ValueError if the model has no heads, or
+    n_mtp is not more than it has"""
     m = model.config.n_mtp
     if m == 0:
         raise ValueError("this model has no MTP heads to copy; train one with --n_mtp 1 or more")
     if n_mtp <= m:
         raise ValueError(f"heads is {n_mtp}; this model has {m} already, so give more than {m}")
-    new = GPT(dataclasses.replace(model.config, n_mtp=n_mtp)).to(model.weight.device, model.weight.dtype)
+    config = dataclasses.replace(model.config, n_mtp=n_mtp)
+    new = GPT(config).to(model.weight.device, model.weight.dtype)
     state = model.state_dict()
     for k in range(m, n_mtp):
-        state.update({f"heads.{k}.{name}": w for name, w in model.heads[k % m].state_dict().items()})
+        for name, weight in model.heads[k % m].state_dict().items():
+            state[f"heads.{k}.{name}"] = weight
     new.load_state_dict(state)
     return new.train(model.training)
 
@@ -65,22 +69,22 @@ def freeze_all_but(model, heads):
 @dataclasses.dataclass
 class ExtendConfig:
     heads: int = flag(0, "how many MTP heads the new model has; 0: twice as many", min=0)
-    steps: int = flag(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained the "
-                      "first heads", min=-1)
-    out: str = flag("", "folder for ckpt.pt and log.jsonl; empty: the checkpoint's folder with -HEADS "
-                    "added, or the resumed checkpoint's folder")
+    steps: int = flag(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained "
+                      "the first heads", min=-1)
+    out: str = flag("", "folder for ckpt.pt and log.jsonl; empty: the checkpoint's folder with "
+                    "-HEADS added, or the resumed checkpoint's folder")
     data: str = flag("", "dataset folder or source; empty: the one the checkpoint was trained on")
     lr: float = flag(0.0, "peak learning rate; 0: the checkpoint's", min=0)
     beta: str = flag("", "weight of the KL to the main head; empty: the checkpoint's")
     batch_size: int = flag(0, "windows per step; 0: the checkpoint's", min=0)
     micro_batch: int = flag(-1, "windows per forward; -1: the checkpoint's", min=-1)
-    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; 0: the checkpoint's",
+    eval_every: int = flag(0, "steps between evaluations and checkpoints; 0: the checkpoint's",
                            min=0)
     eval_windows: int = flag(0, "validation windows; 0: the checkpoint's", min=0)
     seed: int = flag(0, "seed of the batches; 0: the checkpoint's", min=0)
-    device: str = flag("auto", "cpu | cuda | mps (untested); auto: cuda where there is one, else cpu")
-    compile: str = flag("auto", "off | blocks | model; auto: model on CUDA where that works, else off",
-                        choices=("auto", "off", "blocks", "model"))
+    device: str = flag("auto", "cpu | cuda | mps (untested); auto: cuda if there is one, else cpu")
+    compile: str = flag("auto", "off | blocks | model; auto: model on CUDA where that works, else "
+                        "off", choices=("auto", "off", "blocks", "model"))
 
 
 # flags that have no effect without training steps
@@ -120,8 +124,8 @@ def extension_config(meta, model, given, m):
 
 
 def new_weights(old, m, n):
-    """weights of m heads -> those of n, as a flag: the new ones have the weight of the last one that was
-    trained, the frozen ones none (distill.py leaves out heads that weigh nothing)"""
+    """weights of m heads -> those of n, as a flag: the new ones have the weight of the last one
+    that was trained, the frozen ones none (distill.py leaves out heads without a weight)"""
     last = next((weight for weight in reversed(old) if weight), 0.0)
     return ",".join(str(weight) for weight in [0.0] * m + [last] * (n - m))
 
@@ -132,13 +136,13 @@ def output_folder(path, out, n):
     name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"
     target = Path(out) if out else folder.with_name(f"{name}-{n}")
     if target.resolve() == path.resolve().parent:
-        raise UserError(f"--out {target} is the folder of {path} itself, which would be overwritten; "
-                        "give another one")
+        raise UserError(f"--out {target} is the folder of {path} itself, which would be "
+                        "overwritten; give another one")
     return str(target)
 
 
 def begin(path, model, meta, given):
-    """a new extension -> (looped model, TrainConfig, plan: what the checkpoint says of the extension)"""
+    """a new extension -> (looped model, TrainConfig, plan: what the checkpoint will say of it)"""
     m, flags = model.config.n_mtp, ExtendConfig(**given)
     check_flags(flags)
     useless = [f"--{name}" for name in TRAINING if name in given and flags.steps == 0]
@@ -168,8 +172,8 @@ def resume(path, meta, given):
                         f"{', '.join(other)}")
     plan, cfg = meta["extension"], train.stored_config(meta)
     if len(plan.get("stages", [0])) > 1:
-        raise UserError(f"{path} trains its heads one at a time, which this version lacks; resume it "
-                        "with the version that wrote it")
+        raise UserError(f"{path} trains its heads one at a time, which this version lacks; resume "
+                        "it with the version that wrote it")
     cfg.out = given.get("out") or str(path.parent)
     cfg.device = given.get("device", cfg.device)
     if cfg.steps:
@@ -184,15 +188,16 @@ def comparison(before, after, m):
         line += f"{before['car'][k]:10.3f} {after['car'][k]:8.3f}"
         lines.append(line + ("   frozen" if k < m else ""))
     first = 1 + sum(before["car"][:m])
-    lines.append(f"tokens per forward: {first:.2f} with {m} heads, {before['tokens_per_forward']:.2f} "
-                 f"copied, {after['tokens_per_forward']:.2f} trained")
+    copied, trained = before["tokens_per_forward"], after["tokens_per_forward"]
+    lines.append(f"tokens per forward: {first:.2f} with {m} heads, {copied:.2f} copied, "
+                 f"{trained:.2f} trained")
     return "\n".join(lines)
 
 
 def main():
     given, rest = parse(ExtendConfig, __doc__, [
         ("checkpoint", dict(nargs="?", metavar="CKPT", help="the checkpoint to extend")),
-        ("--resume", dict(metavar="CKPT", help="continue the extension that wrote this checkpoint")),
+        ("--resume", dict(metavar="CKPT", help="continue the extension that wrote this file")),
         ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
     ])
     resumed = rest["resume"] is not None

@@ -164,6 +164,22 @@ def test_what_the_optimizer_holds(data, tmp_path):
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in other["params"])
 
 
+def test_the_schedule_reaches_the_optimizer(data, tmp_path, monkeypatch):
+    """a matrix moves by the learning rate of its step: AdamW's first steps are about lr * sign(gradient)"""
+    cfg = config(data, tmp_path, steps=4, warmup=2, lr=1e-2, min_lr=0.0, weight_decay=0.0, clip=0.0)
+    seen, make = [], train.make_optimizer
+
+    def spy(*args):
+        optimizer = make(*args)
+        optimizer.register_step_pre_hook(lambda *_: seen.append([g["lr"] for g in optimizer.param_groups]))
+        return optimizer
+    monkeypatch.setattr(train, "make_optimizer", spy)
+    fit(cfg)
+    assert seen == [[train.lr_at(cfg, step)] * 2 for step in range(4)]
+    assert curve(tmp_path, "lr").tolist() == [train.lr_at(cfg, step) for step in range(4)]
+    assert [rate for rate, _ in seen] == pytest.approx([0.005, 0.01, 0.01, 0.005])
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.01, 0.02])
 def test_the_norm_of_all_gradients_is_clipped(data, tmp_path, monkeypatch, clip):
     norms, make = [], train.make_optimizer
