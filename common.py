@@ -1,5 +1,6 @@
 """
-common.py: helpers that the scripts share, without any of the ideas: flags, device, checkpoint files, the log, errors.
+common.py: helpers that the scripts share, without any of the ideas: flags, device, checkpoints, the
+log, errors.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from model import GPT, GPTConfig
 
 
 def flag(default, help, min=None, max=None, below=None, choices=None):
-    """a field of a config dataclass that is a command-line flag: its meaning, and the values that it may have"""
+    """a field of a config dataclass that is a command-line flag: what it means and may be"""
     limits = dict(min=min, max=max, below=below, choices=choices)
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -90,8 +91,9 @@ def processes():
     """-> (rank of this process, number of processes), as torchrun sets them; (0, 1) without it"""
     missing = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
     if len(missing) == 1:
-        raise UserError(f"only one of the environment variables RANK and WORLD_SIZE is set, {missing[0]} "
-                        "is not: unset the other (a cluster's job may have left it), or start with torchrun")
+        raise UserError("only one of the environment variables RANK and WORLD_SIZE is set, "
+                        f"{missing[0]} is not: unset the other (a cluster's job may have left it), "
+                        "or start with torchrun")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -105,7 +107,8 @@ def pick_device(name):
     if name == "auto":
         name = available[0]
     if name not in available:
-        raise UserError(f"--device is {name!r}; it must be one of {', '.join(available)} here, or auto")
+        here = ", ".join(available)
+        raise UserError(f"--device is {name!r}; it must be one of {here} here, or auto")
     return torch.device(name)
 
 
@@ -147,14 +150,14 @@ def writing(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, RuntimeError) as error:   # torch raises RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise UserError(f"could not write {path} ({error}); what was there before is unchanged: "
                         "free some space, or choose another folder with --out") from None
 
 
 def save_checkpoint(path, model, **meta):
-    """one file of tensors and plain values (torch.load(weights_only=True) opens it). It is written beside and
-    then renamed: whatever happens during the write, a complete checkpoint stays there"""
+    """one file of tensors and plain values (torch.load(weights_only=True) opens it). It is written
+    beside and then renamed: whatever happens during the write, a complete checkpoint stays there"""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     config = dataclasses.asdict(model.config)
@@ -168,8 +171,8 @@ def save_checkpoint(path, model, **meta):
 
 
 def keep_old(folder):
-    """rename what an earlier run left in this folder, so that a new run destroys nothing: one generation is kept.
-    best.pt and the log go with it, or they would pass for the new run's"""
+    """rename what an earlier run left in this folder, so that a new run destroys nothing: one
+    generation is kept. best.pt and the log go with it, or they would pass for the new run's"""
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("ckpt.pt", "best.pt")):
         return
@@ -194,12 +197,17 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} has a model with settings that this version does not know: "
                         f"{', '.join(sorted(unknown))}; use the version that wrote it")
     for name, weight in weights.items():
-        if not weight.is_floating_point() or not weight.isfinite().all():
-            kind = "has values that are not finite" if weight.is_floating_point() else f"is {weight.dtype}"
-            raise UserError(f"{path} is damaged: its weight {name} {kind}; use another copy, or train again")
+        problem = None
+        if not weight.is_floating_point():
+            problem = f"is {weight.dtype}"
+        elif not weight.isfinite().all():
+            problem = "has values that are not finite"
+        if problem:
+            raise UserError(f"{path} is damaged: its weight {name} {problem}; use another copy, "
+                            "or train again")
     model = GPT(GPTConfig(**config)).to(device)
     for weight in model.parameters():
-        weight.data.fill_(float("nan"))        # a weight that is not loaded can't go unnoticed
+        weight.data.fill_(float("nan"))    # a weight that is not loaded can't go unnoticed
     model.to(weights["embed.weight"].dtype).load_state_dict(weights)
     return model.eval(), meta
 
@@ -214,11 +222,12 @@ def read_checkpoint(path, device):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
         meta = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                 # of many types, for what is cut short or another program's
-        raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__}): it is cut short, "
-                        "damaged, or another program's file") from None
+    except Exception as error:  # of many types, for what is cut short or another program's
+        raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__}): it is cut "
+                        "short, damaged, or another program's file") from None
     if damaged:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy, or train again")
+        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy, "
+                        "or train again")
     if not isinstance(meta, dict) or meta.get("format") != "mtp-d-1":
         raise UserError(f"{path} is a PyTorch file but not a checkpoint of train.py or extend.py")
     return meta
@@ -253,40 +262,47 @@ class Log:
 
 
 def make_output_safe():
-    """a character that the output can't encode is printed as an escape; printing must not end a run"""
+    """a character that the output can't encode is printed as an escape: that must not end a run"""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
+def connected():
+    """whether torchrun's processes have found each other"""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def lost_connection(error):
     """whether this error only says that another process of torchrun has stopped"""
-    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several:
+    if not connected():
         return False
-    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in texts)
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    known = any(text in str(error) for text in texts)
+    return known or isinstance(error, torch.distributed.DistError)
 
 
 def run(main):
-    """call main(). A UserError is shown in one line, with exit code 1; every other exception is a mistake in the
-    program and keeps its traceback"""
+    """call main(). A UserError is shown in one line, with exit code 1; every other exception is a
+    mistake in the program and keeps its traceback"""
     make_output_safe()
     script = Path(sys.argv[0]).name
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; training continues from its last checkpoint with --resume OUT/ckpt.pt")
+        sys.exit("\ninterrupted; training continues from its last checkpoint with "
+                 "--resume OUT/ckpt.pt")
     except UserError as error:
         # until the processes are connected, all of them find the same error: rank 0 shows it
-        if os.environ.get("RANK", "0") != "0" and not torch.distributed.is_initialized():
+        if os.environ.get("RANK", "0") != "0" and not connected():
             sys.exit(1)
         sys.exit(f"{script}: {error}")
-    except RuntimeError as error:              # torch.OutOfMemoryError is one; a CPU says it in words
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says it in words
         if lost_connection(error):
             sys.exit(f"{script}: rank {os.environ['RANK']} stopped, because another process did")
         memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not memory:
             raise
-        sys.exit(f"out of memory ({str(error).splitlines()[0][:120]}): lower --micro_batch (the result stays "
-                 "the same, but for dropout), --block_size or the model's size")
+        reason = str(error).splitlines()[0][:120]
+        sys.exit(f"out of memory ({reason}): lower --micro_batch (the result stays the same, but "
+                 "for dropout), --block_size or the model's size")

@@ -1,19 +1,20 @@
 """
 extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, section 3).
 
-    python extend.py out/tiny/ckpt.pt --heads 8              4 -> 8 heads, training the new ones; writes out/tiny-8/ckpt.pt
-    python extend.py out/tiny/ckpt.pt --heads 8 --steps 0    the training-free pilot: only the copy
-    python extend.py out/tiny-8/ckpt.pt --heads 16           and again
-    python extend.py --resume out/tiny-8/ckpt.pt             continue an extension that was stopped
-    python extend.py -h                                      every flag, its default and its meaning
+    python extend.py out/tiny/ckpt.pt --heads 8            train 4 more heads -> out/tiny-8/ckpt.pt
+    python extend.py out/tiny/ckpt.pt --heads 8 --steps 0  the training-free pilot: only the copy
+    python extend.py out/tiny-8/ckpt.pt --heads 16         and again
+    python extend.py --resume out/tiny-8/ckpt.pt           continue an extension that was stopped
+    python extend.py -h                                    every flag, its default and its meaning
 
 Head m+j starts as a copy of head j, and reads the head before it, so that the cascade goes on:
 
-    trained   h^0 -> head 1 -> .. -> head m           frozen, like the trunk, the embedding and the output head
-    looped                              -> head m+1 (copy of 1) -> head m+2 (copy of 2) -> ..     these alone train
+    trained   h^0 -> head 1 -> .. -> head m               frozen, like trunk, embedding, output head
+    looped       -> head m+1 (copy of 1) -> head m+2 (copy of 2) -> ..            these alone train
 
-A head learned to turn h^{k-1} and one more token into h^k, whatever k is, so a copy is a good start. Frozen parts run
-without a gradient and keep no activations: a step costs about half of one that trains everything (README.md).
+A head learned to turn h^{k-1} and one more token into h^k, whatever k is, so a copy is a good
+start. Frozen parts run without a gradient and keep no activations: a step costs about half of one
+that trains everything.
 """
 
 import dataclasses
@@ -40,17 +41,20 @@ from model import GPT
 
 
 def loop_heads(model, n_mtp):
-    """a new GPT with n_mtp heads: head m+j copies head j, as often as needed, the last round perhaps cut short. Weights
-    are copied, never shared. Raises ValueError if the model has no heads, or n_mtp is not more than it has"""
+    """a new GPT with n_mtp heads: head m+j copies head j, as often as needed, the last round maybe
+    cut short. Weights are copied, never shared. Raises ValueError if the model has no heads, or
+    n_mtp is not more than it has"""
     m = model.config.n_mtp
     if m == 0:
         raise ValueError("this model has no MTP heads to copy; train one with --n_mtp 1 or more")
     if n_mtp <= m:
         raise ValueError(f"heads is {n_mtp}; this model has {m} already, so give more than {m}")
-    new = GPT(dataclasses.replace(model.config, n_mtp=n_mtp)).to(model.weight.device, model.weight.dtype)
+    config = dataclasses.replace(model.config, n_mtp=n_mtp)
+    new = GPT(config).to(model.weight.device, model.weight.dtype)
     state = model.state_dict()
     for k in range(m, n_mtp):
-        state.update({f"heads.{k}.{name}": w for name, w in model.heads[k % m].state_dict().items()})
+        for name, weight in model.heads[k % m].state_dict().items():
+            state[f"heads.{k}.{name}"] = weight
     new.load_state_dict(state)
     return new.train(model.training)
 
@@ -65,31 +69,34 @@ def freeze_all_but(model, heads):
 @dataclasses.dataclass
 class ExtendConfig:
     heads: int = flag(0, "how many MTP heads the new model has; 0: twice as many", min=0)
-    steps: int = flag(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained the "
-                      "first heads", min=-1)
-    out: str = flag("", "folder for ckpt.pt and log.jsonl; empty: the checkpoint's folder with -HEADS "
-                    "added, or the resumed checkpoint's folder")
+    steps: int = flag(-1, "optimizer steps; 0: only copy; -1: a fifth of the steps that trained "
+                      "the first heads", min=-1)
+    out: str = flag("", "folder for ckpt.pt and log.jsonl; empty: the checkpoint's folder with "
+                    "-HEADS added, or the resumed checkpoint's folder")
     data: str = flag("", "dataset folder or source; empty: the one the checkpoint was trained on")
     lr: float = flag(0.0, "peak learning rate; 0: the checkpoint's", min=0)
     beta: str = flag("", "weight of the KL to the main head; empty: the checkpoint's")
     batch_size: int = flag(0, "windows per step; 0: the checkpoint's", min=0)
     micro_batch: int = flag(-1, "windows per forward; -1: the checkpoint's", min=-1)
-    eval_every: int = flag(0, "steps between evaluations, each with a checkpoint; 0: the checkpoint's", min=0)
+    eval_every: int = flag(0, "steps between evaluations and checkpoints; 0: the checkpoint's",
+                           min=0)
     eval_windows: int = flag(0, "validation windows; 0: the checkpoint's", min=0)
     seed: int = flag(0, "seed of the batches; 0: the checkpoint's", min=0)
-    device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps (untested)")
-    fast: str = flag("auto", "fused loss (fast/loss.py), on CUDA: auto | on | off", choices=("auto", "on", "off"))
-    compile: str = flag("auto", "off | blocks | model; auto: model on CUDA where that works, else off",
-                        choices=("auto", "off", "blocks", "model"))
+    device: str = flag("auto", "cpu | cuda | mps (untested); auto: cuda if there is one, else cpu")
+    fast: str = flag("auto", "fused loss (fast/loss.py), on CUDA: auto | on | off",
+                     choices=("auto", "on", "off"))
+    compile: str = flag("auto", "off | blocks | model; auto: model on CUDA where that works, else "
+                        "off", choices=("auto", "off", "blocks", "model"))
 
 
-TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "fast", "compile")     # no use without steps
+# flags that have no effect without training steps
+TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "fast", "compile")
 
 
 def first_steps(meta):
     """of the training that made the first heads"""
     before = meta.get("extension", {})
-    return before.get("first_steps", meta["train_config"]["steps"])
+    return before.get("first_steps", train.stored_config(meta).steps)
 
 
 def extension_config(meta, model, given, m):
@@ -108,8 +115,8 @@ def extension_config(meta, model, given, m):
     cfg = dataclasses.replace(
         base, **kept, n_mtp=m, out=flags.out, device=flags.device, compile=flags.compile,
         steps=steps, schedule_steps=0, warmup=min(base.warmup, steps // 10),
-        keep_best=False,                       # the main head is frozen: its loss can't say which is best
-        kl_start=0.0, kl_ramp=0.0,             # the teacher is trained and frozen: learn from it at once
+        keep_best=False,           # the main head is frozen: its loss can't say which is best
+        kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once
     )
     alpha, beta = train.head_weights(cfg)
     cfg.n_mtp = model.config.n_mtp
@@ -119,8 +126,8 @@ def extension_config(meta, model, given, m):
 
 
 def new_weights(old, m, n):
-    """weights of m heads -> those of n, as a flag: the new ones have the weight of the last one that was
-    trained, the frozen ones none (distill.py leaves out heads that weigh nothing)"""
+    """weights of m heads -> those of n, as a flag: the new ones have the weight of the last one
+    that was trained, the frozen ones none (distill.py leaves out heads without a weight)"""
     last = next((weight for weight in reversed(old) if weight), 0.0)
     return ",".join(str(weight) for weight in [0.0] * m + [last] * (n - m))
 
@@ -131,21 +138,22 @@ def output_folder(path, out, n):
     name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"
     target = Path(out) if out else folder.with_name(f"{name}-{n}")
     if target.resolve() == path.resolve().parent:
-        raise UserError(f"--out {target} is the folder of {path} itself, which would be overwritten; "
-                        "give another one")
+        raise UserError(f"--out {target} is the folder of {path} itself, which would be "
+                        "overwritten; give another one")
     return str(target)
 
 
 def begin(path, model, meta, given):
-    """a new extension -> (looped model, TrainConfig, plan: what the checkpoint says of the extension)"""
+    """a new extension -> (looped model, TrainConfig, plan: what the checkpoint will say of it)"""
     m, flags = model.config.n_mtp, ExtendConfig(**given)
     check_flags(flags)
     useless = [f"--{name}" for name in TRAINING if name in given and flags.steps == 0]
     if useless:
-        raise UserError(f"{', '.join(useless)} has no effect with --steps 0, which only copies; leave it out")
+        raise UserError(f"{', '.join(useless)} has no effect with --steps 0, which only copies; "
+                        "leave it out")
     try:
         model = loop_heads(model, flags.heads or 2 * m)
-    except ValueError as error:                # "heads is 2; this model has .."
+    except ValueError as error:    # "heads is 2; this model has .."
         raise UserError(str(error)) from None
     n = model.config.n_mtp
     out = output_folder(path, flags.out, n)
@@ -159,13 +167,15 @@ def resume(path, meta, given):
     """-> (TrainConfig, plan) of an extension that was stopped"""
     other = [f"--{name}" for name in given if name not in ("out", "device")]
     if "extension" not in meta:
-        raise UserError(f"{path} was not written by extend.py: resume it with `python train.py --resume {path}`")
+        raise UserError(f"{path} was not written by extend.py: resume it with "
+                        f"`python train.py --resume {path}`")
     if other:
-        raise UserError(f"--resume continues the extension as it was begun; leave out {', '.join(other)}")
+        raise UserError("--resume continues the extension as it was begun; leave out "
+                        f"{', '.join(other)}")
     plan, cfg = meta["extension"], train.stored_config(meta)
     if len(plan.get("stages", [0])) > 1:
-        raise UserError(f"{path} trains its heads one at a time, which this version does not have; "
-                        "resume it with the version that wrote it")
+        raise UserError(f"{path} trains its heads one at a time, which this version lacks; resume "
+                        "it with the version that wrote it")
     cfg.out = given.get("out") or str(path.parent)
     cfg.device = given.get("device", cfg.device)
     if cfg.steps:
@@ -180,20 +190,22 @@ def comparison(before, after, m):
         line += f"{before['car'][k]:10.3f} {after['car'][k]:8.3f}"
         lines.append(line + ("   frozen" if k < m else ""))
     first = 1 + sum(before["car"][:m])
-    lines.append(f"tokens per forward: {first:.2f} with {m} heads, {before['tokens_per_forward']:.2f} "
-                 f"copied, {after['tokens_per_forward']:.2f} trained")
+    copied, trained = before["tokens_per_forward"], after["tokens_per_forward"]
+    lines.append(f"tokens per forward: {first:.2f} with {m} heads, {copied:.2f} copied, "
+                 f"{trained:.2f} trained")
     return "\n".join(lines)
 
 
 def main():
     given, rest = parse(ExtendConfig, __doc__, [
         ("checkpoint", dict(nargs="?", metavar="CKPT", help="the checkpoint to extend")),
-        ("--resume", dict(metavar="CKPT", help="continue the extension that wrote this checkpoint")),
+        ("--resume", dict(metavar="CKPT", help="continue the extension that wrote this file")),
         ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
     ])
     resumed = rest["resume"] is not None
     if resumed == (rest["checkpoint"] is not None):
-        raise UserError("give one checkpoint: `extend.py CKPT --heads N`, or `extend.py --resume CKPT`")
+        raise UserError("give one checkpoint: `extend.py CKPT --heads N`, "
+                        "or `extend.py --resume CKPT`")
     if processes()[1] > 1:
         raise UserError("extend.py runs in one process; start it without torchrun")
 
@@ -210,7 +222,8 @@ def main():
     train.check_data(path, cfg, data_meta, meta, same_text=resumed)
     dtype, _ = pick_dtype(cfg.dtype, device)
     m, n = plan["from_heads"], model.config.n_mtp
-    print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; writing to {cfg.out}")
+    print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; "
+          f"writing to {cfg.out}")
 
     # evaluate the copy, train the new heads
     if "before" not in plan:
@@ -226,7 +239,7 @@ def main():
                             data_sha256=data_meta["sha256"], extension=plan)
     elif cfg.steps > start or not meta.get("evaluated", True):
         after = train.train(model, cfg, *data, start, state, extra={"extension": plan})
-    else:                                      # an extension that was at its end already
+    else:  # an extension that was at its end already
         after = train.evaluate(model, val_ids, cfg, device, dtype)
     print(comparison(plan["before"], after, m))
     print(f"checkpoint {cfg.out}/ckpt.pt")

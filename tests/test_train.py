@@ -165,6 +165,22 @@ def test_what_the_optimizer_holds(data, tmp_path):
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in other["params"])
 
 
+def test_the_schedule_reaches_the_optimizer(data, tmp_path, monkeypatch):
+    """a matrix moves by the learning rate of its step: AdamW's first steps are about lr * sign(gradient)"""
+    cfg = config(data, tmp_path, steps=4, warmup=2, lr=1e-2, min_lr=0.0, weight_decay=0.0, clip=0.0)
+    seen, make = [], train.make_optimizer
+
+    def spy(*args):
+        optimizer = make(*args)
+        optimizer.register_step_pre_hook(lambda *_: seen.append([g["lr"] for g in optimizer.param_groups]))
+        return optimizer
+    monkeypatch.setattr(train, "make_optimizer", spy)
+    fit(cfg)
+    assert seen == [[train.lr_at(cfg, step)] * 2 for step in range(4)]
+    assert curve(tmp_path, "lr").tolist() == [train.lr_at(cfg, step) for step in range(4)]
+    assert [rate for rate, _ in seen] == pytest.approx([0.005, 0.01, 0.01, 0.005])
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.01, 0.02])
 def test_the_norm_of_all_gradients_is_clipped(data, tmp_path, monkeypatch, clip):
     norms, make = [], train.make_optimizer
@@ -504,7 +520,8 @@ def test_an_error_on_one_of_two_processes_is_shown_once(failing_processes):
     process, _ = failing_processes
     text = process.communicate()[0]
     assert process.returncode == 1 and text.count("the loss became nan at step 2") == 1, text
-    assert "Traceback" not in text and "rank 1 stopped, because another process did" in text
+    assert "Traceback" not in text, text[-6000:]
+    assert "rank 1 stopped, because another process did" in text
 
 
 def test_an_error_that_all_processes_find_is_shown_by_one(monkeypatch):
@@ -523,7 +540,7 @@ def launch(data, out, **changes):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    argv = [sys.executable, __file__, *flags(data, out, **DDP, micro_batch=2, **changes)]
+    argv = [sys.executable, __file__, *flags(data, out, **{**DDP, "micro_batch": 2, **changes})]
     return subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -538,7 +555,7 @@ def two_processes(data, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def failing_processes(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("failing")
-    with launch(data, out, lr=1e200) as process:
+    with launch(data, out, lr=1e200, steps=9) as process:
         yield process, out
         process.kill()
 
