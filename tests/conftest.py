@@ -1,4 +1,4 @@
-"""shared by all tests: a fixed number of threads, no writes into the repository, and the float64 fixture."""
+"""shared by all tests: a fixed number of threads, no writes into the repository, float64."""
 import os
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ guard = {"on": False, "temporary": ROOT / ".pytest", "found": []}
 
 
 def is_forbidden(path):
-    """whether path lies in the repository, other than in a cache or where pytest keeps its temporary files"""
+    """whether path lies in the repository, but not in a cache or in pytest's temporary folder"""
     try:
         path = Path(os.path.abspath(os.fsdecode(path)))
     except TypeError:  # an open file's number
@@ -59,17 +59,17 @@ def nothing_is_written_by_other_processes(tmp_path_factory):
     """the hook sees this process alone; what others leave behind is looked for at the end"""
     before, folder = files_of_the_user(), os.getcwd()
     guard.update(on=True, temporary=tmp_path_factory.getbasetemp())
-    os.chdir(tmp_path_factory.mktemp("cwd"))  # for fixtures of a module, which come before those of a test
+    os.chdir(tmp_path_factory.mktemp("cwd"))  # for a module's fixtures, which come before a test's
     yield
     os.chdir(folder)
     guard["on"] = False
-    new = sorted(str(path) for path in files_of_the_user() - before if "__pycache__" not in path.parts)
-    assert not new, f"appeared while the tests ran: {', '.join(new)}"
+    new = [str(path) for path in files_of_the_user() - before if "__pycache__" not in path.parts]
+    assert not new, f"appeared while the tests ran: {', '.join(sorted(new))}"
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_written_outside_tmp_path(tmp_path, monkeypatch):
-    """a relative path means tmp_path, and a write into the repository fails, even where its exception is caught"""
+    """a relative path means tmp_path; a write into the repository fails, even if that is caught"""
     monkeypatch.chdir(tmp_path)
     guard["found"].clear()
     yield

@@ -28,7 +28,7 @@ def close(got, want, atol, what):
     torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
-# ---- the reference: the paper's section 2, one position and one attention head at a time, from the named weights only
+# ---- the reference: the formulas of model.py's docstring, one position and one attention head at a time, from the named weights
 
 
 def ref_norm(x, gain):
