@@ -260,8 +260,8 @@ def evaluate(model, val, cfg, device, dtype):
     starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
     sums = torch.zeros(3, K + 1, device=device)
     accepted = torch.zeros(K + 1, dtype=torch.long, device=device)
-    for first in range(0, len(starts), 8):
-        tokens = windows(val, starts[first : first + 8], T, device)
+    for at in range(0, len(starts), 8):
+        tokens = windows(val, starts[at : at + 8], T, device)
         with autocast(device, dtype):
             ids, batch_sums = predict_in_chunks(model, tokens, cfg)
         sums += batch_sums
