@@ -260,80 +260,80 @@ def train_mode(model):
 
 def aligned_rows(hidden):
     """
-    hidden states, entry k (B, T-k, d) -> (K+1, T*B, d): column j*B + b of every row predicts target j
-    of window b. Head k has no state for the first k targets; zeros stand there.
+    hidden states, entry k (B, T-k, d) -> (K+1, T*B, d): column j*B + b of every row predicts
+    target j of window b. Head k has no state for the first k targets: zeros stand there
     """
-    rows = [F.pad(h.transpose(0, 1), (0, 0, 0, 0, k, 0)) for k, h in enumerate(hidden)]    # (T, B, d)
+    rows = []
+    for k, h in enumerate(hidden):
+        rows.append(F.pad(h.transpose(0, 1), (0, 0, 0, 0, k, 0)))          # (T, B, d)
     return torch.stack(rows).flatten(1, 2)
 
 
-def predict(rows, weight, targets, cfg):
+def predict(model, tokens, cfg):
     """
-    rows (R, C, d), all of which predict the same targets (C,) -> predicted ids (R, C), and sums over
-    the targets, (3, R): of the cross-entropy, of correct predictions, of the KL from row 0
+    windows (B, T+1) -> predicted ids (K+1, T, B), entry [k, j] being head k's for target j, and
+    sums over targets K .. T-1, which all K+1 heads predict, (3, K+1): of the cross-entropy, of
+    correct predictions, of the KL. One chunk of logits at a time, as in training
     """
-    logits = F.linear(rows, weight)                            # (R, C, V), alive until this function ends
-    ids = logits.argmax(-1)
-    sums = torch.zeros(3, len(rows), device=rows.device)
-    sums[1] = (ids == targets).sum(-1)
-    for k, row in enumerate(logits):                           # one at a time: each float32 copy is (C, V)
-        sums[0, k] = F.cross_entropy(distill.to_float32(row), targets, reduction="sum")
-        if k > 0:
-            sums[2, k] = len(targets) * distill.topn_kl(row, logits[0], cfg.top_n, cfg.kl)
-    return ids, sums
-
-
-def predict_in_chunks(model, tokens, cfg):
-    """
-    windows (B, T+1) -> predicted ids (K+1, T, B), entry [k, j] being head k's for target j, and the sums
-    of predict() over targets K .. T-1, which all K+1 heads predict
-    """
+    K = model.config.n_mtp
     targets = tokens[:, 1:].T.flatten()                        # (T*B,)
     rows = aligned_rows(model(tokens[:, :-1]))                 # (K+1, T*B, d)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
-    at_most = 2**28 if tokens.is_cuda else 2**21               # logits at once, as in training
+    sums = torch.zeros(3, K + 1, device=rows.device)
+    ones = torch.ones(K + 1, device=rows.device)
+    top_n = distill.count_top_n(cfg.top_n, len(model.weight))
+    at_most = 2**26 if tokens.is_cuda else 2**20               # and as many once more, in float32
     size = max(1, at_most // (len(rows) * len(model.weight)))
-    shared = model.config.n_mtp * len(tokens)                  # the first column where no head lacks a state
-    sums = 0
+    shared = K * len(tokens)                   # the first column where no head lacks a state
     for start in [*range(0, shared, size), *range(shared, len(targets), size)]:
         stop = min(start + size, shared if start < shared else len(targets))
-        chunk = slice(start, stop)
-        ids[:, chunk], chunk_sums = predict(rows[:, chunk], model.weight, targets[chunk], cfg)
-        if start >= shared:                                    # else: only the acceptance needs these ids
-            sums = sums + chunk_sums
+        target = targets[start:stop]
+        logits = F.linear(rows[:, start:stop], model.weight)               # (K+1, C, V)
+        ids[:, start:stop] = logits.argmax(-1)
+        if start >= shared:                    # else: only the acceptance needs these ids
+            _, ce, kl = distill.mtp_d_loss(logits, target, ones, ones[1:], top_n, cfg.kl)
+            sums[0] += len(target) * ce
+            sums[1] += (ids[:, start:stop] == target).sum(-1)
+            sums[2, 1:] += len(target) * kl
+        del logits                             # before the next chunk's are made
     return ids.view(len(rows), -1, len(tokens)), sums
 
 
 @torch.no_grad()
-def evaluate(model, val, cfg, device, dtype):
+def evaluate(model, val_ids, cfg, device, dtype):
     """
-    the main head and every MTP head on fixed validation windows -> dict of floats and lists (K+1 or K long)
+    the main head and every MTP head on fixed validation windows -> dict of floats and lists, K+1
+    long (entry 0: the main head) or K long
 
-    loss      cross-entropy per head, nats per token (entry 0: the main head)
+    loss      cross-entropy per head, nats per token
     accuracy  share of the dataset's own tokens predicted, per head
     kl        TopN KL from the main head, per MTP head
-    ar, car   acceptance against the main head's own argmax (decode.rates); tokens_per_forward = 1 + sum of car
+    ar, car   acceptance against the main head's own argmax (decode.rates)
+    tokens_per_forward  1 + sum of car
 
-    Heads are compared on the same targets: loss, accuracy and kl are means over targets K .. T-1 of each
-    window, which all K+1 heads predict. Acceptance counts every round that has all K drafts.
+    Heads are compared on the same targets: loss, accuracy and kl are means over targets K .. T-1
+    of each window, which all K+1 heads predict. Acceptance counts every round with all K drafts.
     """
     model.eval()
-    K, T = model.config.n_mtp, cfg.block_size
-    starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
+    K = model.config.n_mtp
+    T = cfg.block_size
+    starts = np.arange(0, len(val_ids) - T, T)[: cfg.eval_windows]
     sums = torch.zeros(3, K + 1, device=device)
     accepted = torch.zeros(K + 1, dtype=torch.long, device=device)
     for first in range(0, len(starts), 8):
-        tokens = get_batch(val, starts[first : first + 8], T, device)
+        tokens = get_batch(val_ids, starts[first : first + 8], T, device)
         with autocast(device, dtype):
-            ids, batch_sums = predict_in_chunks(model, tokens, cfg)
+            ids, batch_sums = predict(model, tokens, cfg)
         sums += batch_sums
         # head k's state at position i predicts target i+k: a round takes a diagonal of ids
         choices = [row[k:].T for k, row in enumerate(ids)]     # (B, T-k)
-        accepted += torch.bincount(decode.accepted_lengths(choices).flatten(), minlength=K + 1)
+        lengths = decode.accepted_lengths(choices).flatten()
+        accepted += torch.bincount(lengths, minlength=K + 1)
     train_mode(model)
     loss, accuracy, kl = (sums / (len(starts) * (T - K))).tolist()
     ar, car = decode.rates(accepted.tolist())
-    return dict(loss=loss, accuracy=accuracy, kl=kl[1:], ar=ar, car=car, tokens_per_forward=1 + sum(car))
+    return dict(loss=loss, accuracy=accuracy, kl=kl[1:], ar=ar, car=car,
+                tokens_per_forward=1 + sum(car))
 
 
 # -----------------------------------------------------------------------------
@@ -482,8 +482,8 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
 def micro_batch_size(cfg, world):
     size = cfg.micro_batch or -(-cfg.batch_size // world)
     if cfg.batch_size % (size * world):
-        raise UserError(f"--batch_size is {cfg.batch_size}; for {world} processes and micro-batches "
-                        f"of {size} it must be a multiple of {size * world}")
+        raise UserError(f"--batch_size is {cfg.batch_size}; for {world} processes and "
+                        f"micro-batches of {size} it must be a multiple of {size * world}")
     return size
 
 
@@ -529,8 +529,7 @@ def train(model, cfg, train_ids, val_ids, meta, start=0, state=None, extra=None,
         starts = batch_starts(cfg, step, len(train_ids))[rank::world]
         tokens = get_batch(train_ids, starts, cfg.block_size, device)
         parts = tokens.split(micro_batch)
-        row = train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function)
-        pending.append(row)
+        pending.append(train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function))
         done = step + 1
         evaluating = done % cfg.eval_every == 0 or done == cfg.steps
         if not evaluating and done % cfg.log_every:
@@ -544,8 +543,7 @@ def train(model, cfg, train_ids, val_ids, meta, start=0, state=None, extra=None,
         check_finite(cfg, recent[:, 0].tolist(), done)
         seconds = (time.perf_counter() - clock) / len(recent)
         write_row(log, bar, cfg, done, recent.mean(0).tolist(), seconds)
-        # meanwhile the other processes wait in their next step
-        if evaluating:
+        if evaluating:         # meanwhile the other processes wait in their next step
             result, best = evaluate_and_save(model, cfg, val_ids, dtype, done, best, save, log)
         clock = time.perf_counter()
     return result
@@ -605,11 +603,8 @@ def evaluate_and_save(model, cfg, val_ids, dtype, step, best, save, log):
     finite = all(p.isfinite().all() for p in model.parameters())
     if not finite:
         raise UserError(diverged(cfg, "weights", "not finite", step))
-    try:
-        result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
-    except BaseException:      # out of memory, Ctrl-C: keep the steps; --resume evaluates
-        save("ckpt.pt", step, best, evaluated=False)
-        raise
+    save("ckpt.pt", step, best, evaluated=False)   # whatever happens to the evaluation
+    result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
     loss = result["loss"][0]
     if not all(map(math.isfinite, result["loss"])):
         raise UserError(diverged(cfg, "validation loss", loss, step))

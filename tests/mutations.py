@@ -221,7 +221,7 @@ MUTATIONS = [
      ["test_flags.py::test_the_first_step_has_the_schedules_learning_rate",
       "test_flags.py::test_a_flag_of_training_changes_the_weights[min_lr]"]),
     ("autocast is never on: bfloat16 is printed, float32 is computed", "common.py",
-     "if dtype == torch.bfloat16 else nullcontext()", "if False else nullcontext()",
+     "torch.autocast(device.type, dtype)", "torch.autocast(device.type, dtype, enabled=False)",
      ["test_flags.py::test_bfloat16_reaches_training_and_evaluation"]),
     ("gradients are not clipped", "train.py",
      "    if cfg.clip:\n", "    if False:\n",

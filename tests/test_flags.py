@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 CPU = torch.device("cpu")
 TEXT = "the cat sat on the mat, and that was that. " * 60
 TOY = dict(
-    preset="tiny", tokenizer="bytes", device="cpu", dtype="float64", compile="off",
+    preset="tiny", device="cpu", dtype="float64", compile="off",
     n_layer=2, n_head=2, n_embd=8, n_mtp=2, block_size=16,
     steps=4, batch_size=8, micro_batch=0, warmup=2, lr=0.01, clip=0.2, kl_start=0.0, kl_ramp=0.0,
     eval_every=100, eval_windows=4, log_every=1)

@@ -836,9 +836,9 @@ def test_best_is_written_before_ckpt_says_so(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_checkpoint", dies)
         fit(config(data, tmp_path, steps=4, eval_every=2, keep_best=True))
-    assert saved == ["best.pt", "ckpt.pt", "best.pt"]
+    assert saved == ["ckpt.pt", "best.pt", "ckpt.pt"] + ["ckpt.pt", "best.pt"]     # each time, first before the evaluation
     found = {name: common.load_checkpoint(tmp_path / name)[1] for name in ("best.pt", "ckpt.pt")}
-    assert [(meta["step"], meta["best_loss"]) for meta in found.values()] == [(4, 1.0), (2, 3.0)]
+    assert [(meta["step"], meta["best_loss"]) for meta in found.values()] == [(4, 1.0), (4, 3.0)]
     (tmp_path / "best.pt").unlink()                                      # lost: the next one is the best there is
     losses = iter([5.0])
     call(monkeypatch, "--resume", tmp_path / "ckpt.pt")
