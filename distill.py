@@ -36,17 +36,20 @@ import torch.nn.functional as F
 
 def forward_kl(log_p, log_q):
     """KL(q || p) = sum_v q_v (log q_v - log p_v), the paper's"""
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+    log_ratio = log_q - log_p
+    return (log_q.exp() * log_ratio).sum(-1)
 
 
 def reverse_kl(log_p, log_q):
     """KL(p || q) = sum_v p_v (log p_v - log q_v)"""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_ratio = log_p - log_q
+    return (log_p.exp() * log_ratio).sum(-1)
 
 
 def total_variation(log_p, log_q):
     """1/2 sum_v |p_v - q_v|: 1 minus the acceptance rate of sampled drafts (decode.residual)"""
-    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    difference = log_p.exp() - log_q.exp()
+    return difference.abs().sum(-1) / 2
 
 
 # name -> function of log-probabilities, log_p the student's and log_q the teacher's:
@@ -71,7 +74,8 @@ def topn_divergence(student, teacher, n, kl="forward", detach_teacher=True):
         teacher = teacher.detach()
     top = top_n_indices(teacher, n)                             # (C, N), the same set for all heads
     teacher = teacher.gather(-1, top)                           # (C, N)
-    student = student.gather(-1, top.expand(*student.shape[:-1], -1))    # (.., C, N)
+    top = top.expand(*student.shape[:-1], -1)                   # (.., C, N)
+    student = student.gather(-1, top)                           # (.., C, N)
     log_q = F.log_softmax(to_float32(teacher), dim=-1)          # Q~, renormalised over the N
     log_p = F.log_softmax(to_float32(student), dim=-1)          # P~
     return DIVERGENCES[kl](log_p, log_q)
@@ -88,14 +92,16 @@ def mtp_d_loss(logits, targets, alpha, beta, top_n, kl="forward", detach_teacher
     -> (loss, CE per head (K+1,), KL per head (K,)), means over the targets, in nats
     """
     K = len(logits) - 1
-    all_targets = targets.repeat(K + 1)                         # ((K+1) C,)
-    ce = F.cross_entropy(to_float32(logits.flatten(0, 1)), all_targets, reduction="none")
+    rows = to_float32(logits).flatten(0, 1)                     # ((K+1) C, V)
+    ce = F.cross_entropy(rows, targets.repeat(K + 1), reduction="none")
     ce = ce.view(K + 1, -1).mean(1)                             # (K+1,)
     loss = (alpha * ce).sum()                                   # CE_main + sum_k alpha_k CE_k
     kl_per_head = torch.zeros_like(ce[1:])
     if K and top_n:
-        rows = topn_divergence(logits[1:], logits[0], top_n, kl, detach_teacher)    # (K, C)
-        kl_per_head = rows.mean(1)                              # (K,)
+        teacher = logits[0]
+        students = logits[1:]
+        kl_rows = topn_divergence(students, teacher, top_n, kl, detach_teacher)     # (K, C)
+        kl_per_head = kl_rows.mean(1)                           # (K,)
         loss = loss + (beta * kl_per_head).sum()                # sum_k beta_k KL(sg(Q~) || P~_k)
     return loss, ce.detach(), kl_per_head.detach()
 
@@ -134,10 +140,13 @@ def top_n_indices(logits, n):
     if g < 4 or V % g:
         return logits.topk(n, dim=-1, sorted=False).indices
     groups = logits.unflatten(-1, (V // g, g))                  # (.., V/g, g)
-    best = groups.amax(-1).topk(n, dim=-1, sorted=False).indices             # (.., N) group numbers
-    members = groups.gather(-2, best.unsqueeze(-1).expand(*best.shape, g))   # (.., N, g)
+    maxima = groups.amax(-1)                                    # (.., V/g)
+    best = maxima.topk(n, dim=-1, sorted=False).indices         # (.., N) groups
+    index = best.unsqueeze(-1).expand(*best.shape, g)
+    members = groups.gather(-2, index)                          # (.., N, g)
     top = members.flatten(-2).topk(n, dim=-1, sorted=False).indices          # (.., N) among N*g
-    return best.gather(-1, top // g) * g + top % g
+    group = best.gather(-1, top // g)
+    return group * g + top % g
 
 
 # -----------------------------------------------------------------------------
@@ -167,7 +176,7 @@ class ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = None
         if weight.requires_grad:                                # extend.py freezes it
-            d_weight = torch.zeros_like(weight, dtype=alpha.dtype)           # summed in float32
+            d_weight = torch.zeros_like(weight, dtype=alpha.dtype)           # float32 sums
         for start in range(0, len(targets), chunk):
             cut = slice(start, start + chunk)
             part = hidden[:, cut]                               # (K+1, C', d)
@@ -180,7 +189,8 @@ class ChunkedLoss(torch.autograd.Function):
             kl += share * kl_part
             d_hidden[:, cut] = d_logits @ weight
             if d_weight is not None:
-                d_weight += d_logits.flatten(0, 1).T @ part.flatten(0, 1)
+                d_rows = d_logits.flatten(0, 1)                 # ((K+1) C', V)
+                d_weight += d_rows.T @ part.flatten(0, 1)
             del logits, d_logits                                # before the next chunk's are made
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
@@ -193,7 +203,8 @@ class ChunkedLoss(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         if d_weight is not None:
             d_weight = grad * d_weight
-        return grad * d_hidden, d_weight, *[None] * (len(ctx.needs_input_grad) - 2)
+        no_gradient = [None] * (len(ctx.needs_input_grad) - 2)
+        return grad * d_hidden, d_weight, *no_gradient
 
 
 def chunk_size(targets, logits_per_target, at_most):
@@ -207,10 +218,23 @@ def chunk_size(targets, logits_per_target, at_most):
 
 def per_head(value, K, name):
     """a number, or a list of K numbers -> list of K"""
-    values = [value] * K if isinstance(value, (int, float)) else list(value)
+    values = value
+    if isinstance(value, (int, float)):
+        values = [value] * K
+    values = [float(v) for v in values]
     if len(values) != K or not all(0 <= v < math.inf for v in values):
         raise ValueError(f"{name} is {value}; give one number >= 0, or one for each of {K} heads")
-    return [float(v) for v in values]
+    return values
+
+
+def autocast_inputs(hidden, weight):
+    """under autocast, hidden states and weight in its dtype, as nn.Linear would cast them"""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden = [h.to(dtype) for h in hidden]
+        weight = weight.to(dtype)
+    return hidden, weight
 
 
 def mtp_loss(
@@ -242,31 +266,27 @@ def mtp_loss(
     beta = [ramp * b for b in per_head(beta, K, "beta")]
     top_n = count_top_n(top_n, len(weight)) if any(beta) else 0
     device = targets.device
-    if torch.is_autocast_enabled(device.type):                  # as nn.Linear would
-        dtype = torch.get_autocast_dtype(device.type)
-        hidden = [h.to(dtype) for h in hidden]
-        weight = weight.to(dtype)
-
-    def vector(values):
-        return torch.tensor(values, dtype=precise).to(device, non_blocking=True)
+    hidden, weight = autocast_inputs(hidden, weight)
 
     # the table above, without its first K columns, which lack rows: column j of row k is h^k_{j-k}.
     # Heads without weight are left out
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    used = [k for k in range(K + 1) if k == 0 or alpha[k - 1] or beta[k - 1]]
-    rows = torch.stack([hidden[k][:, K - k : T - k] for k in used]).flatten(1, 2)   # (R, C, d)
+    used = [k for k in range(1, K + 1) if alpha[k - 1] or beta[k - 1]]
+    rows = [hidden[k][:, K - k : T - k] for k in [0, *used]]
+    rows = torch.stack(rows).flatten(1, 2)                      # (R, C, d)
     share = (T - K) / T                                         # of these targets in CE_main
+    float_type = torch.promote_types(weight.dtype, torch.float32)
+    alpha = torch.tensor([share] + [alpha[k - 1] for k in used], dtype=float_type)
+    beta = torch.tensor([beta[k - 1] for k in used], dtype=float_type)
     loss, ce_used, kl_used = ChunkedLoss.apply(
         rows, weight, targets[:, K:].flatten(),
-        vector([share] + [alpha[k - 1] for k in used[1:]]),
-        vector([beta[k - 1] for k in used[1:]]),
-        chunk_size(rows.size(1), len(used) * len(weight), chunk_logits),
-        grad_function, top_n, kl, detach_teacher,
+        alpha.to(device, non_blocking=True), beta.to(device, non_blocking=True),
+        chunk_size(rows.size(1), len(rows) * len(weight), chunk_logits), grad_function,
+        top_n, kl, detach_teacher,
     )
-    ce = torch.zeros(K + 1, dtype=precise, device=device)
-    kl_per_head = torch.zeros(K, dtype=precise, device=device)
-    ce[used] = ce_used
-    kl_per_head[[k - 1 for k in used[1:]]] = kl_used
+    ce = torch.zeros(K + 1, dtype=float_type, device=device)
+    kl_per_head = torch.zeros(K, dtype=float_type, device=device)
+    ce[[0, *used]] = ce_used
+    kl_per_head[[k - 1 for k in used]] = kl_used
     if K:  # the first K targets lack rows: they teach the main head alone
         first = to_float32(hidden[0][:, :K] @ weight.T)         # (B, K, V)
         first = F.cross_entropy(first.flatten(0, 1), targets[:, :K].flatten())
