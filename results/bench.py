@@ -1,27 +1,37 @@
 """
-bench.py: is the decoded text the same, how fast is decoding, and what does a training step cost? Called by the scripts:
+bench.py: is the decoded text the same, how fast is decoding, and what does a training step cost?
 
-    python decode.py CKPT --check           greedy text with heads against plain decoding, token by token -> check
-    python decode.py CKPT .. --bench        plain decoding and 1 .. 4 (8, 16, 32) heads on the same prompts -> bench_decoding
-    python train.py --preset gpt2 --bench   a training step for several K, without and with the KL        -> bench_training
+    python results/bench.py check CKPT       greedy text with heads against ordinary decoding
+    python results/bench.py decode CKPT ..   ordinary decoding and 1 .. 4 heads on the same prompts
+    python results/bench.py train            a training step for several K, with and without KL
+    python results/bench.py decode -h        every flag, its default and its meaning
 
-Prompts come from --prompts or from the validation text. Training steps run on random tokens and fresh weights, as
-results/cost.py does. All times are medians of the wall clock, so run it with the machine to itself.
+Prompts are pieces of the validation text, or those of --prompts. Training steps run on random
+tokens and fresh weights. All times are medians of the wall clock, of things that take turns: run
+it with the computer to itself.
+
+To time a divergence of your own: enter it in distill.DIVERGENCES, then
+`python results/bench.py train --heads 4 --kl forward,yours`.
 """
 
 import dataclasses
 import gc
-import itertools
 import json
 import statistics
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-import decode
-import train
-from model import GPT, GPTConfig
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import decode  # noqa: E402
+import train  # noqa: E402
+from common import UserError, check_flags, flag, parse, pick_device, pick_dtype, run  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # the clock
@@ -39,252 +49,661 @@ def median(values):
 
 
 def milliseconds(functions, device, repeats=20):
-    """median time of one call of each function, called in turns: what slows the machine for a while slows all of them"""
+    """median time of one call of each function, called in turns: what slows the computer down for
+    a while slows all of them"""
     times = [[] for _ in functions]
     for _ in range(repeats):
-        for function, own in zip(functions, times):
+        for function, own_times in zip(functions, times):
             begin = now(device)
             function()
-            own.append(1000 * (now(device) - begin))
-    return [median(own) for own in times]
+            own_times.append(1000 * (now(device) - begin))
+    return [median(own_times) for own_times in times]
+
+
+def repeated(function, times):
+    def several():
+        for _ in range(times):
+            function()
+
+    return several
 
 
 # -----------------------------------------------------------------------------
-# prompts
+# checkpoints and prompts
 
 
-def read_prompts(cfg, tokenizer, meta, model):
-    """prompts as lists of ids: from --prompts, or pieces of the validation text, spread evenly"""
-    # as long as leaves room for --tokens, or half of a short context
-    room = max(model.config.block_size - cfg.tokens, model.config.block_size // 2)
+@dataclass
+class CheckConfig:
+    prompts: str = flag(
+        "", "file of prompts, one per line, or a .jsonl with the field text, prompt or question; "
+        "empty: pieces of the validation text",
+    )
+    data: str = flag("", "dataset to take the prompts from; empty: the checkpoint's")
+    count: int = flag(8, "prompts", min=1)
+    prompt_tokens: int = flag(64, "tokens of a prompt from the validation text", min=1)
+    tokens: int = flag(200, "tokens to emit for each prompt", min=1)
+    heads: int = flag(
+        -1, "MTP heads that draft; -1: all (check), or each of 1 .. 4, of 4, 8, 16, 32 where there "
+        "are more (decode)", min=-1,
+    )
+    device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps")
+    dtype: str = flag(
+        "auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it",
+        choices=("auto", "float32", "bfloat16", "float64"),
+    )
+    fast: str = flag(
+        "auto", "fast path on a CUDA GPU: auto | on | off", choices=("auto", "on", "off")
+    )
+    draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
+
+
+@dataclass
+class DecodeConfig(CheckConfig):
+    batch: int = flag(1, "prompts that are continued side by side", min=1)
+    top_k: int = flag(0, "sample among the k most likely tokens only; 0: all", min=0)
+    accept: str = flag(
+        "residual", "accept rule: residual | match | point", choices=tuple(decode.RULES)
+    )
+    seed: int = flag(1, "seed of the random numbers")
+
+
+class Checkpoint(NamedTuple):
+    path: str
+    model: GPT
+    tokenizer: decode.Tokenizer
+    meta: dict
+
+
+def load(paths, cfg):
+    """-> list of Checkpoints, after checking that they can be compared"""
+    checkpoints = [Checkpoint(path, *decode.load(path, cfg.device, cfg.dtype)) for path in paths]
+    first = checkpoints[0]
+    for other in checkpoints:
+        if other.tokenizer.spec != first.tokenizer.spec:
+            raise UserError(
+                f"{first.path} and {other.path} have different tokenizers, so that their tokens "
+                "per second can't be compared: give checkpoints of one dataset"
+            )
+    return checkpoints
+
+
+def read_prompts(path):
+    """a file of prompts -> list of str"""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file of prompts at {path}")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if path.suffix == ".jsonl" and line.strip():
+            line = prompt_of_json(line, f"{path}, line {number}")
+        if line.strip():
+            prompts.append(line)
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; it must hold lines of text")
+    return prompts
+
+
+def prompt_of_json(line, place):
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    for name in ("text", "prompt", "question"):
+        if isinstance(row, dict) and name in row:
+            return str(row[name])
+    raise UserError(f"{place}: expected a JSON object with a field text, prompt or question")
+
+
+def pick_prompts(checkpoint, cfg):
+    """-> prompts as lists of ids: of --prompts, or pieces of the validation text, spread evenly"""
+    T = checkpoint.model.config.block_size
+    room = max(T - cfg.tokens, T // 2)                    # for --tokens, or half of a short context
     if cfg.prompts:
-        lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
-        if cfg.prompts.endswith(".jsonl"):
-            rows = [json.loads(line) for line in lines if line.strip()]
-            lines = [next((str(row[k]) for k in ("text", "prompt", "question") if k in row), "") for row in rows]
-        prompts = [ids for ids in (tokenizer.encode(line)[:room] for line in lines) if ids]
-        if not prompts:
-            raise ValueError(f"{cfg.prompts} holds no prompt; expected lines of text, or .jsonl with a text, prompt or question field")
+        prompts = [checkpoint.tokenizer.encode(text)[:room] for text in read_prompts(cfg.prompts)]
         return prompts[: cfg.count]
-    train_cfg = train.stored_config(meta)
+    train_cfg = train.stored_config(checkpoint.meta)
     if cfg.data:
         train_cfg = dataclasses.replace(train_cfg, data=cfg.data, tokenizer="")
-    _, val, data_meta = train.open_data(train_cfg)
-    if data_meta["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(f"{train_cfg.data} was made with another tokenizer than the checkpoint: pass --data or --prompts")
-    n = min(cfg.prompt_tokens, room, len(val) // 2)
-    return [val[s : s + n].tolist() for s in torch.linspace(0, len(val) - n - 1, cfg.count).long().tolist()]
+    _, val_ids, data_meta = train.open_data(train_cfg)
+    train.check_data(checkpoint.path, train_cfg, data_meta, checkpoint.meta, same_text=False)
+    n = min(cfg.prompt_tokens, room, len(val_ids) // 2)
+    starts = torch.linspace(0, len(val_ids) - n - 1, cfg.count).long().tolist()
+    return [val_ids[start : start + n].tolist() for start in starts]
 
 
-def loops(ids):
-    """whether a continuation ends in a piece repeated three times or more, over at least 12 tokens: in such a text every
-    draft is accepted, and its speed says nothing"""
-    return any(ids[-p:] == ids[-2 * p : -p] == ids[-3 * p : -2 * p] for p in range(4, len(ids) // 3 + 1)) or (
-        len(ids) >= 12 and any(ids[-12:] == ids[-p:] * (12 // p) for p in (1, 2, 3)))
+def make_decoder(model, prompts, cfg, heads, batch=1, temperature=0.0, generator=None):
+    """a decoder for any `batch` of these prompts"""
+    top_k = getattr(cfg, "top_k", 0) or None
+    accept = getattr(cfg, "accept", "residual")
+    options = [temperature, top_k, accept]
+    draft_vocab = cfg.draft_vocab or None
+    decode.check_request(model, prompts, cfg.tokens, heads, *options, draft_vocab)
+    length = min(model.config.block_size, max(map(len, prompts)) + cfg.tokens)
+    return decode.make_decoder(
+        model, batch, length, heads, *options, None, generator, draft_vocab, fast=cfg.fast
+    )
 
 
 # -----------------------------------------------------------------------------
-# decode.py --check
+# check: is the text the same?
 
 
 @torch.no_grad()
-def check(model, tokenizer, meta, cfg):
-    """greedy, with and without heads -> how many continuations agree; at the first difference, how near the tie was"""
-    prompts, heads, same, rows = read_prompts(cfg, tokenizer, meta, model), None if cfg.heads < 0 else cfg.heads, 0, []
-    for n, prompt in enumerate(prompts):
-        (a,), _ = decode.generate(model, [prompt], cfg.tokens, heads=0, compile=cfg.compile)
-        (b,), _ = decode.generate(model, [prompt], cfg.tokens, heads=heads, compile=cfg.compile, draft_vocab=cfg.draft_vocab or None)
-        if a == b:
-            same += 1
-            continue
-        at = next(i for i in range(len(a)) if a[i] != b[i])
-        logits = model.all_logits(torch.tensor([prompt + a[:at]], device=model.weight.device))[0][0, -1].float()       # (V,)
-        first, second = logits.topk(2).values.tolist()
-        gap, rounding = first - second, abs(first * torch.finfo(model.weight.dtype).eps)
-        rows.append(dict(prompt=n, at=at, gap=gap, rounding=rounding))
-        print(f"prompt {n} differs at token {at}: {tokenizer.decode([a[at]])!r} or {tokenizer.decode([b[at]])!r}. "
-              f"The main head's two best logits are {gap:.4g} apart; one rounding step at their size is {rounding:.4g}"
-              + (": a near-tie (README.md, 'Is the text really identical?')" if gap <= 4 * rounding else ""))
-    print(f"{same} of {len(prompts)} greedy continuations are identical to plain decoding, token by token ({str(model.weight.dtype)[6:]})")
-    return dict(same=same, prompts=len(prompts), differences=rows)
+def check(checkpoint, cfg):
+    """greedy decoding with and without heads -> dict: how many continuations are the same, and for
+    each of the others how nearly the two tokens were tied at the first difference"""
+    model = checkpoint.model
+    heads = model.config.n_mtp if cfg.heads < 0 else cfg.heads
+    if heads == 0:
+        raise UserError(
+            "without heads there is nothing to compare ordinary decoding with; give --heads 1 or "
+            "more, and a checkpoint that has heads"
+        )
+    prompts = pick_prompts(checkpoint, cfg)
+    plain = make_decoder(model, prompts, cfg, 0)
+    drafting = make_decoder(model, prompts, cfg, heads)
+    print(f"{heads} heads on {model.weight.device}: {drafting.why}")
+    differences = []
+    for i, prompt in enumerate(prompts):
+        (expected,), _ = decode.run_decoder(plain, [prompt], cfg.tokens)
+        (found,), _ = decode.run_decoder(drafting, [prompt], cfg.tokens)
+        if found != expected:
+            row = dict(prompt=i, **first_difference(model, prompt, expected, found))
+            print_difference(row, checkpoint.tokenizer)
+            differences.append(row)
+    same = len(prompts) - len(differences)
+    print(f"{same} of {len(prompts)} greedy continuations are identical to ordinary decoding, "
+          f"token by token ({str(model.weight.dtype)[6:]})")
+    return dict(same=same, prompts=len(prompts), differences=differences)
+
+
+def first_difference(model, prompt, expected, found):
+    """-> dict: where two continuations part, the two tokens, the gap between the main head's two
+    largest logits there, and one rounding step at their size"""
+    at = 0
+    while expected[at] == found[at]:
+        at += 1
+    tokens = torch.tensor([prompt + expected[:at]], device=model.weight.device)
+    logits = model.all_logits(tokens)[0][0, -1].float()   # (V,)
+    first, second = logits.topk(2).values.tolist()
+    rounding = abs(first) * torch.finfo(model.weight.dtype).eps
+    return dict(at=at, tokens=[expected[at], found[at]], gap=first - second, rounding=rounding)
+
+
+def print_difference(row, tokenizer):
+    expected, found = [repr(tokenizer.decode([token])) for token in row["tokens"]]
+    tie = ""
+    if row["gap"] <= 4 * row["rounding"]:
+        tie = ": a near-tie (README.md says why)"
+    print(f"prompt {row['prompt']} differs at token {row['at']}: {expected} or {found}. The main "
+          f"head's two largest logits are {row['gap']:.4g} apart; one rounding step at their size "
+          f"is {row['rounding']:.4g}{tie}")
 
 
 # -----------------------------------------------------------------------------
-# decode.py --bench
+# decode: how fast is it?
 
 
-def compare(models, cfg):
-    """bench_decoding at temperatures 0 and 1 for each of (path, model, tokenizer, meta), on prompts for the first of them;
+def bench_checkpoints(checkpoints, cfg):
+    """bench_decoding at temperatures 0 and 1 for each checkpoint, on prompts for the first of them;
     prints a table each -> all rows"""
-    _, model, tokenizer, meta = models[0]
-    prompts, baseline, result = read_prompts(cfg, tokenizer, meta, model), {}, []
-    for path, model, _, _ in models:
+    prompts = pick_prompts(checkpoints[0], cfg)
+    one_head = {}            # temperature -> tokens/s with 1 head, of the first checkpoint with one
+    result = []
+    for path, model, _, _ in checkpoints:
+        if model.config.n_mtp == 0:
+            print(f"{path} has no MTP heads: decoding without drafts, one token per forward")
         for temperature in (0.0, 1.0):
-            rows = bench_decoding(model, prompts, cfg, temperature, baseline.get(temperature))
-            baseline.setdefault(temperature, next((r["tokens_per_s"] for r in rows if r["heads"] == 1), None))
+            rows = bench_decoding(model, prompts, cfg, temperature)
+            for row in rows:
+                if row["heads"] == 1:
+                    one_head.setdefault(temperature, row["tokens_per_s"])
+            for row in rows:
+                row["over_one"] = None
+                if temperature in one_head:
+                    row["over_one"] = row["tokens_per_s"] / one_head[temperature]
             print_decoding(path, rows)
             result += [dict(checkpoint=str(path), **row) for row in rows]
     return result
 
 
-@torch.no_grad()
-def bench_decoding(model, prompts, cfg, temperature, baseline=None):
-    """
-    plain decoding and 1 .. 4 heads (4, 8, 16, 32 of an extended model) on the same prompts, one after the other for each prompt -> rows (dicts), by heads.
-    All but looping counts only the prompts whose plain continuation does not end in a loop:
+def head_counts(K, wanted):
+    """with how many heads to decode, beside none"""
+    if wanted >= 0 and K > 0:
+        return [wanted] if wanted else []
+    return [k for k in ((1, 2, 3, 4) if K <= 4 else (4, 8, 16, 32)) if k <= K]
 
-    tokens_per_forward, tokens_per_s   medians over prompts;  speedup  median over prompts of the ratio to plain decoding
-    ar, car   teacher-forced, on the plain continuations (see text_acceptance)
-    predicted tokens per forward from car, and speedup from it and the times of one plain step, one draft, one verify
-    over_one  against one head of the first checkpoint (the paper's baseline);  gb_per_s  weights read once a forward
+
+@torch.no_grad()
+def bench_decoding(model, prompts, cfg, temperature):
     """
-    device, K = model.weight.device, model.config.n_mtp
-    length = min(model.config.block_size, max(map(len, prompts)) + cfg.tokens)
-    counts = [cfg.heads] if cfg.heads > 0 else [] if cfg.heads == 0 else list(range(1, K + 1)) if K <= 4 else [k for k in (4, 8, 16, 32) if k <= K]
-    groups = [prompts[i : i + cfg.batch] for i in range(0, len(prompts) - cfg.batch + 1, cfg.batch)]
+    ordinary decoding and several numbers of heads on the same prompts, in turns for each prompt
+    -> rows (dicts). All but `looping` is without the prompts whose ordinary output is repetitive:
+
+    tokens_per_forward, tokens_per_s   medians over prompts
+    speedup   the median over prompts of the ratio to ordinary decoding
+    ar, car   teacher-forced, on the ordinary output (see text_acceptance)
+    predicted tokens per forward from car; speedup from it and from the times of one round
+    gb_per_s  weights of the main model, read once per round
+    """
+    B = cfg.batch
+    groups = [prompts[i : i + B] for i in range(0, len(prompts) - B + 1, B)]
     if not groups:
-        raise ValueError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)} (--count)")
-    generator = torch.Generator(device=device).manual_seed(cfg.seed)
-    decoders = {k: decode.Decoder(model, cfg.batch, length, k, temperature, cfg.top_k or None, cfg.accept, None, generator, cfg.compile, cfg.draft_vocab or None)
-                for k in [0, *counts]}
-    for decoder in decoders.values():
-        decode.run_decoder(decoder, groups[0], min(16, cfg.tokens))     # warm up
-    runs, looping, plain = {k: [] for k in decoders}, [], []            # runs[k]: the Stats of each group; plain: its texts
-    for group in groups:
-        texts = {k: decode.run_decoder(decoder, group, cfg.tokens) for k, decoder in decoders.items()}
-        looping.append(any(loops(ids) for ids in texts[0][0]))
-        plain.append(list(zip(group, texts[0][0])))
-        for k, (_, stats) in texts.items():
-            runs[k].append(stats)
-    good = [i for i in range(len(groups)) if not looping[i]] or range(len(groups))
-    texts = [text for i in good for text in plain[i]]
-    ar, car = text_acceptance(model, texts, temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None) if counts else ([], [])
+        raise UserError(
+            f"--batch {B} needs at least as many prompts; got {len(prompts)}: give more (--count)"
+        )
+    generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
+    counts = head_counts(model.config.n_mtp, cfg.heads)
+    decoders = {}
+    for heads in [0, *counts]:
+        decoders[heads] = make_decoder(model, prompts, cfg, heads, B, temperature, generator)
+        decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
+    texts, stats = run_in_turns(decoders, groups, cfg.tokens)
+    repetitive = [any(map(loops, texts_of_group)) for texts_of_group in texts]
+    used = [i for i in range(len(groups)) if not repetitive[i]] or list(range(len(groups)))
+    ar, car = [], []
+    if counts:
+        pairs = [pair for i in used for pair in zip(groups[i], texts[i])]
+        options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
+        ar, car = text_acceptance(model, pairs, *options)
+    times = time_rounds(decoders, groups[0], cfg.tokens)
     weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
-    rows, times = [], time_rounds(decoders, groups[0], cfg.tokens)
-    for k in decoders:
-        (step, _), (whole, draft) = times[0], times[k]                  # step: of plain decoding
-        tpf = median([runs[k][i].tokens_per_forward for i in good])
-        tps = median([runs[k][i].tokens_per_second for i in good])
-        speedup = median([runs[k][i].tokens_per_second / (runs[0][i].tokens_per_second or 1) for i in good])
-        expected = 1 + sum(car[:k])
-        rows.append(dict(heads=k, temperature=temperature, tokens_per_forward=tpf, tokens_per_s=tps, speedup=speedup, ms_round=whole,
-                         ms_draft=draft, ms_verify=whole - draft, ar=ar[k - 1] if k else None, car=car[k - 1] if k else None,
-                         predicted_tokens_per_forward=expected, predicted_speedup=expected * step / whole,
-                         model_speedup=tpf * step / whole, gb_per_s=weights / whole / 1e6,
-                         prompts=len(groups) * cfg.batch, looping=sum(looping), batch=cfg.batch))
-    one = baseline or next((row["tokens_per_s"] for row in rows if row["heads"] == 1), None)
-    for row in rows:
-        row["over_one"] = row["tokens_per_s"] / one if one else None
+    rows = []
+    for heads in decoders:
+        plain_stats = [stats[0][i] for i in used]
+        row = dict(heads=heads, temperature=temperature, decoder=decoders[heads].why)
+        row.update(speeds([stats[heads][i] for i in used], plain_stats))
+        row.update(ar=ar[heads - 1] if heads else None, car=car[heads - 1] if heads else None)
+        measured = row["tokens_per_forward"]
+        row.update(predictions(1 + sum(car[:heads]), measured, times[0], times[heads]))
+        row.update(gb_per_s=weights / row["ms_round"] / 1e6)
+        row.update(prompts=len(groups) * B, looping=sum(repetitive), batch=B)
+        rows.append(row)
     return rows
 
 
-def text_acceptance(model, texts, temperature=0.0, top_k=None, accept="residual", draft_vocab=None):
+def run_in_turns(decoders, groups, tokens):
+    """-> continuations of each group without heads, and {heads: the Stats of each group}"""
+    texts = []
+    stats = {heads: [] for heads in decoders}
+    for group in groups:
+        for heads, decoder in decoders.items():
+            ids, own_stats = decode.run_decoder(decoder, group, tokens)
+            stats[heads].append(own_stats)
+            if heads == 0:
+                texts.append(ids)
+    return texts, stats
+
+
+def speeds(stats, plain_stats):
+    """what the clock says: Stats of the same prompts with heads and without"""
+    ratios = []
+    for own, plain in zip(stats, plain_stats):
+        ratios.append(own.tokens_per_second / (plain.tokens_per_second or 1))
+    return dict(
+        tokens_per_forward=median([own.tokens_per_forward for own in stats]),
+        tokens_per_s=median([own.tokens_per_second for own in stats]),
+        speedup=median(ratios),
+    )
+
+
+def predictions(expected, measured, plain_times, times):
     """
-    (AR, CAR), K numbers each, of the continuations in texts, pairs of a prompt and what came after it: how often a round
-    at each position would accept drafts 1..k. Greedy: drafts are right or wrong. Sampled: draft k is accepted with probability sum_v min(p, q) by
-    the rule `residual`, p(argmax q) by the others, and CAR_k is the mean product of the first k (on text drawn from p)
+    expected, measured: tokens per forward, from CAR and as counted;  times: milliseconds of a round
+    and of its drafts alone. A round emits so many tokens, ordinary decoding one per (shorter) step:
+    speedup = tokens per forward * ms of a step / ms of a round
     """
-    K, rows = model.config.n_mtp, []
+    ms_step, _ = plain_times
+    ms_round, ms_draft = times
+    return dict(
+        ms_round=ms_round, ms_draft=ms_draft, ms_verify=ms_round - ms_draft,
+        predicted_tokens_per_forward=expected,
+        predicted_speedup=expected * ms_step / ms_round,
+        model_speedup=measured * ms_step / ms_round,
+    )
+
+
+def loops(ids):
+    """whether a continuation ends in a piece that stands there three times or more, over at least
+    12 tokens: in repetitive text every draft is accepted, and its speed says nothing"""
+    if len(ids) < 12:
+        return False
+    for length in (1, 2, 3):
+        if ids[-12:] == ids[-length:] * (12 // length):
+            return True
+    for length in range(4, len(ids) // 3 + 1):
+        if ids[-3 * length :] == ids[-length:] * 3:
+            return True
+    return False
+
+
+def text_acceptance(
+    model, texts, temperature=0.0, top_k=None, accept="residual", draft_vocab=None
+):
+    """
+    how often a round at each position of some texts would accept drafts 1 .. k, teacher-forced.
+    texts: pairs of a prompt and its continuation -> (AR, CAR), K numbers each
+
+    Greedy, it is exact: drafts are right or wrong. When sampling, draft k is accepted with
+    probability sum_v min(p, q) by the rule `residual`, and p(argmax q) by the others. CAR_1 is the
+    mean of that. CAR_k for k > 1 is an approximation, the mean product of the first k: here the
+    heads have read the text's own tokens, in a round accepted drafts, which are not distributed as
+    the text is.
+    """
+    K = model.config.n_mtp
+    rows = []
     for prompt, ids in texts:
         if len(ids) <= K:
             continue
-        logits = model.all_logits(torch.tensor([prompt + ids[:-1]], device=model.weight.device))
-        logits[1:] = [x[..., :draft_vocab] for x in logits[1:]]
-        T = len(prompt) + len(ids) - 1 - K                              # rows that have all K drafts
+        tokens = torch.tensor([prompt + ids[:-1]], device=model.weight.device)
+        logits = [x[0] for x in model.all_logits(tokens)]                # (T-k, V) each
+        drafted = [x[:, :draft_vocab] for x in logits[1:]]
         if temperature == 0:
-            length = decode.accepted_lengths([x.argmax(-1) for x in logits])[0]                          # (T,)
-            kept = length[:, None] > torch.arange(K, device=length.device)                              # (T, K)
+            choices = [x.argmax(-1)[None] for x in [logits[0], *drafted]]
+            length = decode.accepted_lengths(choices)[0]                  # (T-K,)
+            kept = length[:, None] > torch.arange(K, device=length.device)
         else:
-            p, *q = [decode.probabilities(x[0], temperature, top_k) for x in logits]
-            pairs = [(p[k : k + T], torch.nn.functional.pad(law[:T], (0, p.size(-1) - law.size(-1)))) for k, law in enumerate(q, 1)]
-            kept = torch.stack([torch.minimum(a, b).sum(-1) if accept == "residual" else a.gather(-1, b.argmax(-1, keepdim=True))[:, 0]
-                                for a, b in pairs], 1).cumprod(1)
-        rows.append(kept[len(prompt) - 1 :])
+            p = decode.probabilities(logits[0], temperature, top_k)
+            q = [decode.probabilities(x, temperature, top_k) for x in drafted]
+            kept = accept_probs(p, q, accept).cumprod(1)
+        rows.append(kept[len(prompt) - 1 :])                             # of the continuation
     if not rows:
-        raise ValueError(f"no continuation is longer than {K} tokens, so the acceptance of {K} heads can't be measured: "
-                         "give more --tokens or shorter prompts")
+        raise UserError(
+            f"no continuation is longer than {K} tokens, so the acceptance of {K} heads can't be "
+            "measured: give more --tokens or shorter prompts"
+        )
     car = torch.cat(rows).cpu().double().mean(0).tolist()
-    return [b / a if a else 0.0 for a, b in zip([1.0, *car], car)], car
+    ar = [after / before if before else 0.0 for before, after in zip([1.0, *car], car)]
+    return ar, car
+
+
+def accept_probs(target_probs, draft_probs, accept):
+    """target_probs (T, V), draft_probs of head k (T-k, V or fewer) -> the probability that its
+    draft is accepted, given that those before it were, (T-K, K)"""
+    rows = len(target_probs) - len(draft_probs)           # those with all K drafts
+    result = []
+    for k, q in enumerate(draft_probs, 1):
+        p = target_probs[k : k + rows]                    # of the same token
+        q = F.pad(q[:rows], (0, p.size(1) - q.size(1)))   # draft_vocab
+        if accept == "residual":
+            result.append(torch.minimum(p, q).sum(-1))
+        else:
+            result.append(p.gather(1, q.argmax(-1, keepdim=True))[:, 0])
+    return torch.stack(result, 1)
 
 
 def time_rounds(decoders, group, tokens):
-    """{heads: decoder} -> {heads: milliseconds of a whole round, and of its drafts alone (0 without heads)}"""
-    device, rounds = decoders[0].n.device, 8 if decoders[0].n.is_cuda else 1     # on a GPU the host only waits for the last one
+    """{heads: decoder} -> {heads: (milliseconds of a whole round, of its drafts alone)}"""
+    device = decoders[0].n.device
+    # on a GPU the host only waits for the last one
+    rounds = 8 if device.type == "cuda" else 1
 
-    def several(function):
-        return lambda: [function() for _ in range(rounds)]
+    def measure(functions):
+        for decoder in decoders.values():
+            decoder.prefill(group, tokens)
+        times = milliseconds([repeated(function, rounds) for function in functions], device)
+        return [ms / rounds for ms in times]
 
-    for decoder in decoders.values():
-        decoder.start(group, tokens)
-    whole = milliseconds([several(decoder.step) for decoder in decoders.values()], device)
-    for decoder in decoders.values():
-        decoder.start(group, tokens)
-    drafts = milliseconds([several(d.capture(d.draft) if rounds > 1 else d.draft) for d in decoders.values()], device)
-    return {k: (w / rounds, d / rounds if k else 0.0) for k, w, d in zip(decoders, whole, drafts)}
+    whole = measure([decoder.round for decoder in decoders.values()])
+    drafts = measure([draft_function(decoder) for decoder in decoders.values()])
+    return dict(zip(decoders, zip(whole, drafts)))
+
+
+def draft_function(decoder):
+    """-> a function that drafts, as in a round of this decoder: on the fast path, a graph"""
+    if decoder.heads == 0:
+        return lambda: None
+    V = len(decoder.model.weight)
+    noise = decode.split_noise(decoder.noise, decoder.rule, decoder.heads, V)
+    if type(decoder) is decode.Decoder or not decoder.n.is_cuda:
+        return torch.no_grad()(lambda: decoder.draft(noise))
+    from fast.decode import capture
+
+    return capture(lambda: decoder.draft(noise))
+
+
+COLUMNS = [                                               # title, key, how it is printed
+    ("heads", "heads", "5d"), ("AR", "ar", "6.3f"), ("CAR", "car", "6.3f"),
+    ("tok/fwd", "tokens_per_forward", "8.2f"), ("expected", "predicted_tokens_per_forward", "9.2f"),
+    ("tok/s", "tokens_per_s", "9.1f"), ("vs plain", "speedup", "9.2f"),
+    ("predicted", "predicted_speedup", "10.2f"), ("vs 1 head", "over_one", "10.2f"),
+    ("ms/round", "ms_round", "9.3f"), ("draft", "ms_draft", "7.3f"), ("GB/s", "gb_per_s", "6.1f"),
+]
 
 
 def print_decoding(name, rows):
     first = rows[0]
-    print(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}: {first['prompts']} prompts; {first['looping']} groups "
-          "whose plain continuation ends in a loop are left out of the medians"
-          + (" (all loop: speeds say little)" if first["looping"] * first["batch"] >= first["prompts"] else ""))
-    print(f"{'heads':>5} {'AR':>6} {'CAR':>6} {'tok/fwd':>8} {'expected':>9} {'tok/s':>9} {'x plain':>8} {'predicted':>10} {'x 1 head':>9} "
-          f"{'ms/round':>9} {'draft':>7} {'GB/s':>6}")
-    for r in rows:
-        part = [f"{r[k]:6.3f}" if r[k] is not None else f"{'':6}" for k in ("ar", "car")]
-        print(f"{r['heads']:>5} {part[0]} {part[1]} {r['tokens_per_forward']:8.2f} {r['predicted_tokens_per_forward']:9.2f} "
-              f"{r['tokens_per_s']:9.1f} {r['speedup']:8.2f} {r['predicted_speedup']:10.2f} {r['over_one'] or 0:9.2f} "
-              f"{r['ms_round']:9.3f} {r['ms_draft']:7.3f} {r['gb_per_s']:6.1f}")
+    groups = first["prompts"] // first["batch"]
+    excluded = f"{first['looping']} of {groups} were excluded for repetitive output"
+    if first["looping"] == groups:
+        excluded = "all have repetitive output, so that the speeds say little"
+    print(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}, "
+          f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
+    widths = [int(form.split(".")[0].rstrip("d")) for _, _, form in COLUMNS]
+    print(" ".join(title.rjust(width) for (title, _, _), width in zip(COLUMNS, widths)))
+    for row in rows:
+        cells = []
+        for (_, key, form), width in zip(COLUMNS, widths):
+            cells.append(" " * width if row[key] is None else format(row[key], form))
+        print(" ".join(cells))
 
 
 # -----------------------------------------------------------------------------
-# train.py --bench
+# train: what does a training step cost?
 
-BENCH = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]       # K, beta, N
+
+@dataclass
+class LossFlags:
+    """flags of `bench.py train` beside those of train.py"""
+
+    heads: str = flag("0,1,2,4", "numbers K of MTP heads, with commas")
+    kl: str = flag("forward", "divergences of distill.py for the KL term, with commas")
+    top_n: str = flag(
+        "512,4096", "N of the TopN, with commas: counts, or fractions of the vocabulary below 1"
+    )
+    fast: str = flag("auto", "fused loss (fast/loss.py): auto | on | off, with commas")
+    repeats: int = flag(20, "training steps of each kind that are timed", min=1)
+    vocab_size: int = flag(50304, "vocabulary of the random tokens", min=2)
+
+
+STEP_FLAGS = (                                            # of train.py, that a single step reads
+    "preset", "n_layer", "n_head", "n_embd", "block_size", "dropout", "batch_size", "micro_batch",
+    "detach_teacher", "device", "dtype", "compile",
+)
+
+
+def flags_of_train():
+    """STEP_FLAGS as train.py has them, help and limits included"""
+    for own in dataclasses.fields(train.TrainConfig):
+        if own.name in STEP_FLAGS:
+            copy = dataclasses.field(default=own.default, metadata=own.metadata)
+            yield own.name, own.type, copy
+
+
+StepConfig = dataclasses.make_dataclass("StepConfig", flags_of_train(), bases=(LossFlags,))
+
+
+class Case(NamedTuple):
+    """a kind of training step"""
+
+    n_mtp: int
+    beta: float = 0.0                                     # 0: without the KL
+    top_n: float = 1
+    kl: str = "forward"
+    fast: str = "auto"
+
+    def config(self, cfg):
+        """cfg, changed to take such steps, with the KL at its full weight"""
+        return dataclasses.replace(
+            cfg, n_mtp=self.n_mtp, alpha="0.3", beta=str(self.beta), top_n=self.top_n, kl=self.kl,
+            fast=self.fast, kl_start=0.0, kl_ramp=0.0,
+        )
+
+
+def split(name, text, kind):
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name} is {text!r}; it must be numbers, with commas") from None
+
+
+def cases(own):
+    """StepConfig -> every Case, sorted by K"""
+    result = []
+    for K in sorted(set(split("heads", own.heads, int))):
+        for fast in own.fast.split(","):
+            result.append(Case(K, fast=fast))
+            for kl in own.kl.split(","):
+                for top_n in split("top_n", own.top_n, float):
+                    if K > 0:
+                        result.append(Case(K, 0.5, top_n, kl, fast))
+    return result
+
+
+def step_function(model, optimizer, cfg, tokens, dtype, grad_function):
+    """-> a function that takes a training step on random tokens, as many as `tokens`"""
+
+    def step():
+        batch = torch.randint_like(tokens, model.config.vocab_size)
+        train.train_step(
+            model, model, optimizer, cfg, cfg.steps, [batch], dtype, grad_function
+        )
+
+    return step
 
 
 def time_steps(models, device, dtype, steps=20):
-    """[(model, cfg), ..] -> a dict each: median time of a training step on random tokens, in turns, and the peak memory of the
-    model's own. One model may stand there with several cfg"""
-    def text(model, cfg, B):
-        return torch.randint(model.config.vocab_size, (B, cfg.block_size + 1), device=device)
-
-    turn, cuda = [], device.type == "cuda"
-    many, before, optimizers, rows = 4 if cuda else 1, {}, {}, []            # on a GPU the clock is read at every fourth step
+    """
+    [(model, TrainConfig), ..] -> rows (dicts): the median time of a training step on random tokens,
+    taken in turns; the peak memory, without that of the models before; which loss ran. One model
+    may stand there with several configs
+    """
+    cuda = device.type == "cuda"
+    many = 4 if cuda else 1                               # steps per reading of the clock
     if cuda:
         torch._dynamo.reset()
+    before = {}
+    optimizers = {}
+    rows = []
+    functions = []
     for model, cfg in models:
         B = cfg.micro_batch or cfg.batch_size
-        if model not in before:
-            gc.collect()                                       # an earlier model, which its compiled parts hold in a cycle
+        tokens = torch.randint(model.config.vocab_size, (B, cfg.block_size + 1), device=device)
+        if model in before:
+            grad_function, why = train.pick_loss(cfg, device, dtype)
+        else:
+            gc.collect()                                  # an earlier model
             before[model] = torch.cuda.memory_allocated() if cuda else 0
             optimizers[model] = train.make_optimizer(model.to(device), cfg)
-            if cuda and cfg.compile != "off":
-                train.compile_model(model, cfg, text(model, cfg, B), dtype)
-
-        def one(model=model, cfg=cfg, B=B):
-            train.train_step(model, model, optimizers[model], cfg, cfg.steps, [text(model, cfg, B)], dtype)
-
-        for _ in range(5):
-            one()
+            grad_function, why = train.compile_model(model, cfg, tokens, dtype)
+        step = step_function(model, optimizers[model], cfg, tokens, dtype, grad_function)
+        repeated(step, 5)()                               # warm up
+        peak = None
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-            one()
-        rows.append(dict(tokens=B * cfg.block_size, peak_gib=(torch.cuda.max_memory_allocated() - before[model]) / 2**30 if cuda else None))
-        turn.append(lambda one=one: [one() for _ in range(many)])
-    times = milliseconds(turn, device, -(-steps // many))
-    return [dict(ms=t / many, tokens_per_s=1000 * many * r["tokens"] / t, peak_gib=r["peak_gib"]) for t, r in zip(times, rows)]
+            step()
+            peak = (torch.cuda.max_memory_allocated() - before[model]) / 2**30
+        rows.append(dict(tokens_per_s=B * cfg.block_size, peak_gib=peak, loss=why))
+        functions.append(repeated(step, many))
+    times = milliseconds(functions, device, -(-steps // many))
+    result = []
+    for ms, row in zip(times, rows):
+        row["tokens_per_s"] *= 1000 * many / ms
+        result.append(dict(ms=ms / many, **row))
+    return result
 
 
-def bench_training(cfg, device, dtype, steps=20, combos=BENCH, vocab=50304):
-    """time_steps for several K, without and with the KL -> rows; what has the same K is timed in turns, and then printed"""
+def bench_training(cfg, device, dtype, steps=20, cases=(), vocab=50304):
+    """time_steps of the cases -> rows; those with the same K take turns on one model"""
     rows = []
-    for K, group in itertools.groupby(combos, lambda combo: combo[0]):
+    for K in dict.fromkeys(case.n_mtp for case in cases):
         torch.manual_seed(0)
-        model, group = GPT(GPTConfig(vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, K)), list(group)
-        configs = [dataclasses.replace(cfg, n_mtp=K, beta=str(beta), top_n=top_n, alpha="0.3") for _, beta, top_n in group]
-        for (_, beta, top_n), row in zip(group, time_steps([(model, c) for c in configs], device, dtype, steps)):
-            rows.append(dict(n_mtp=K, beta=beta, top_n=top_n, **row))
-            print(f"K={K} beta={beta} N={top_n if beta else '-':>4}: {row['ms']:8.2f} ms a step, {row['tokens_per_s']:9.0f} tokens/s"
-                  + (f", peak {row['peak_gib']:.2f} GiB" if device.type == "cuda" else ""), flush=True)
+        model = GPT(GPTConfig(vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, K))
+        group = [case for case in cases if case.n_mtp == K]
+        models = [(model, case.config(cfg)) for case in group]
+        for case, row in zip(group, time_steps(models, device, dtype, steps)):
+            kind = dict(n_mtp=K, beta=case.beta, top_n=case.top_n, kl=case.kl)
+            rows.append({**kind, **row})
+            print_step(rows[-1])
     return rows
+
+
+def print_step(row):
+    kind = "without KL"
+    if row["beta"]:
+        kind = f"{row['kl']} N={row['top_n']:g}"
+    memory = "" if row["peak_gib"] is None else f", peak {row['peak_gib']:.2f} GiB"
+    print(f"K={row['n_mtp']} {kind:>16}: {row['ms']:8.2f} ms per step, {row['tokens_per_s']:9.0f} "
+          f"tokens/s{memory}; loss: {row['loss']}", flush=True)
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def main_train(given, _):
+    lists = {field.name for field in dataclasses.fields(LossFlags)}
+    own = StepConfig(**given)
+    check_flags(own)
+    base = {name: value for name, value in given.items() if name not in lists}
+    cfg = train.make_config({"preset": "gpt2", **base})
+    wanted = cases(own)
+    for case in wanted:
+        train.check(case.config(cfg))
+    device = pick_device(cfg.device)
+    dtype, why = pick_dtype(cfg.dtype, device)
+    torch.set_float32_matmul_precision("high")            # as train.py
+    print(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}")
+    return bench_training(cfg, device, dtype, own.repeats, wanted, own.vocab_size)
+
+
+def read_config(cls, given):
+    cfg = cls(**given)
+    check_flags(cfg)
+    for name in ("data", "prompt_tokens"):
+        if cfg.prompts and name in given:
+            raise UserError(f"--{name} has no effect with --prompts; leave one of them out")
+    return cfg
+
+
+def main_check(given, paths):
+    cfg = read_config(CheckConfig, given)
+    (checkpoint,) = load(paths, cfg)
+    return check(checkpoint, cfg)
+
+
+def main_decode(given, paths):
+    cfg = read_config(DecodeConfig, given)
+    return bench_checkpoints(load(paths, cfg), cfg)
+
+
+COMMANDS = {                                              # flags, number of checkpoints, what to do
+    "check": (CheckConfig, 1, main_check),
+    "decode": (DecodeConfig, "+", main_decode),
+    "train": (StepConfig, None, main_train),
+}
+
+
+def main():
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        return print(__doc__)
+    if name not in COMMANDS:
+        raise UserError(f"the first argument is {name!r}; it must be one of {', '.join(COMMANDS)}")
+    cls, checkpoints, command = COMMANDS[name]
+    extra = [
+        ("command", dict(choices=[name], help="what to measure")),
+        ("--json", dict(action="store_true", help="print the result as JSON on the last line")),
+    ]
+    if checkpoints:
+        extra.insert(1, ("checkpoints", dict(
+            nargs=checkpoints, metavar="CKPT", help="checkpoint written by train.py or extend.py"
+        )))
+    given, rest = parse(cls, __doc__, extra)
+    result = command(given, rest.get("checkpoints"))
+    if rest["json"]:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,113 +1,158 @@
 """
-cost.py: time and memory of training and decoding steps, on random tokens and weights. Run it with the machine to itself.
+cost.py: time and memory of training and decoding steps, on random tokens and fresh weights. Run it
+with the computer to itself.
 
-    python results/cost.py kl --json       one part, see below; reproduce.py --part cost calls all of a scale
+    python results/cost.py kl --json     one part, see below; reproduce.py --part cost calls all of
+                                         its scale
 """
 
 import argparse
 import dataclasses
-import functools
 import json
-import sys
-from pathlib import Path
+from functools import partial
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import decode  # noqa: E402
-import extend  # noqa: E402
-import train  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from results import bench  # noqa: E402
+import bench  # first: it makes the scripts importable
+import decode
+import extend
+import train
+from common import pick_device, pick_dtype, run
+from model import GPT, GPTConfig
 
 
-def extension(cfg, device, dtype):
-    """a joint training step with K = 8 against a step of the extension 4 -> 8, same batch, in turns -> two rows"""
+def fresh(vocab, cfg, K):
+    return GPT(GPTConfig(vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, K))
+
+
+def extension(device, dtype):
+    """a training step of all with K = 8 against one of the extension 4 -> 8, the same batch, in
+    turns -> two rows"""
     torch.manual_seed(0)
-    joint, extended = (GPT(GPTConfig(50304, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, 8)) for _ in range(2))
+    cfg = dataclasses.replace(train.make_config(dict(preset="gpt2")), **d512(16))
+    joint = fresh(50304, cfg, 8)
+    extended = fresh(50304, cfg, 8)
     extend.freeze_all_but(extended, range(4, 8))
-    c = dataclasses.replace(cfg, n_mtp=8, beta="0.5", top_n=512)
-    new = dataclasses.replace(c, alpha="0,0,0,0,.3,.3,.3,.3", beta="0,0,0,0,.5,.5,.5,.5")
-    rows = bench.time_steps([(joint, c), (extended, new)], device, dtype)
-    return [dict(name=name, **row) for name, row in zip(("joint training, K = 8", "extension 4 -> 8"), rows)]
+    joint_cfg = dataclasses.replace(cfg, n_mtp=8, beta="0.5", top_n=512)
+    extended_cfg = dataclasses.replace(
+        joint_cfg, alpha="0,0,0,0,.3,.3,.3,.3", beta="0,0,0,0,.5,.5,.5,.5"
+    )
+    pairs = [(joint, joint_cfg), (extended, extended_cfg)]
+    joint_row, extended_row = bench.time_steps(pairs, device, dtype)
+    return [dict(name="joint training, K = 8", **joint_row),
+            dict(name="extension 4 -> 8", **extended_row)]
 
 
-def ten(decoder):
-    """rounds, from 300 tokens of context on"""
-    decoder.n.fill_(300)
-    for _ in range(10):
-        decoder.step()
+def rounds(decoder, position, count):
+    """`count` rounds, from a context of `position` tokens on"""
+    decoder.n.fill_(position)
+    for _ in range(count):
+        decoder.round()
 
 
 @torch.no_grad()
 def decoding(device, dtype):
-    """a plain step and whole rounds, at 124M parameters and 300 tokens of context, in turns -> rows"""
+    """an ordinary step and whole rounds, at 124M parameters and 300 tokens of context, in turns
+    -> rows"""
     torch.manual_seed(0)
     model = GPT(GPTConfig(50304, 1024, 12, 12, 768, 4)).to(device, dtype).eval()
     rows = []
     for batch in (1, 8, 32):
-        decoders = []
-        for heads, first in ((0, None), (1, None), (4, None), (4, 8192)):
-            decoders.append((heads, first, decode.Decoder(model, batch, 512, heads, compile="kernels", draft_vocab=first)))
-            decoders[-1][2].start([[1] * 256] * batch, 200)
-        times = [ms / 10 for ms in bench.milliseconds([functools.partial(ten, d) for *_, d in decoders], device, 40)]
-        for (heads, first, _), ms in zip(decoders, times):
-            rows.append(dict(batch=batch, heads=heads, draft_vocab=first, ms=ms, plain_steps=ms / times[0], rounds_per_s=1000 / ms))
-            print(f"decode 124M batch {batch} heads {heads} draft_vocab {first}: {ms:.3f} ms a round, {ms / times[0]:.2f} plain steps", flush=True)
+        kinds = [(0, None), (1, None), (4, None), (4, 8192)]
+        functions = []
+        for heads, draft_vocab in kinds:
+            decoder = decode.make_decoder(model, batch, 512, heads, draft_vocab=draft_vocab)
+            decoder.prefill([[1] * 256] * batch, 200)
+            functions.append(partial(rounds, decoder, 300, 10))
+        times = [ms / 10 for ms in bench.milliseconds(functions, device, 40)]
+        for (heads, draft_vocab), ms in zip(kinds, times):
+            rows.append(dict(batch=batch, heads=heads, draft_vocab=draft_vocab, ms=ms,
+                             plain_steps=ms / times[0], rounds_per_s=1000 / ms))
+            print(f"decode 124M batch {batch} heads {heads} draft_vocab {draft_vocab}: {ms:.3f} ms "
+                  f"per round, {ms / times[0]:.2f} ordinary steps ({decoder.why})", flush=True)
     return rows
 
 
 @torch.no_grad()
 def shapes(device, dtype):
-    """rounds with 0 .. 4 heads of a wide, shallow and a narrow, deep model of about one speed, in turns -> rows"""
+    """rounds with 0 .. 4 heads of a shallow and of a deep, narrow model, of about one speed, in
+    turns -> rows"""
     rows = []
     for n_layer, n_head, n_embd in ((6, 4, 128), (12, 3, 96)):
         torch.manual_seed(0)
         model = GPT(GPTConfig(2048, 128, n_layer, n_head, n_embd, 4)).to(device, dtype).eval()
-        decoders = [decode.Decoder(model, 1, 128, heads) for heads in range(5)]
-
-        def one(decoder):
-            decoder.n.fill_(48)
-            decoder.step()
-        for decoder in decoders:
-            decoder.start([[1] * 32], 90)
-        times = bench.milliseconds([functools.partial(one, decoder) for decoder in decoders], device, 60)
-        rows += [dict(n_layer=n_layer, n_embd=n_embd, heads=k, ms=ms, plain_steps=ms / times[0]) for k, ms in enumerate(times)]
+        functions = []
+        for heads in range(5):
+            decoder = decode.make_decoder(model, 1, 128, heads, fast="off")
+            decoder.prefill([[1] * 32], 90)
+            functions.append(partial(rounds, decoder, 48, 1))
+        times = bench.milliseconds(functions, device, 60)
+        for heads, ms in enumerate(times):
+            rows.append(dict(n_layer=n_layer, n_embd=n_embd, heads=heads, ms=ms,
+                             plain_steps=ms / times[0]))
     return rows
 
 
-def d512(base, windows):
-    return dataclasses.replace(base, n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=windows, micro_batch=windows, compile="blocks")
+def training(cases, steps=20, vocab=50304, preset="gpt2", **changes):
+    """-> a part: bench_training with these changes of a preset"""
+
+    def part(device, dtype):
+        cfg = dataclasses.replace(train.make_config(dict(preset=preset)), **changes)
+        return bench.bench_training(cfg, device, dtype, steps, cases, vocab)
+
+    return part
 
 
-KL = [(4, 0, 1), (4, 0.5, 512), (4, 0.5, 4096)]                # K, beta, N
-HEADS = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 512)]
-PARTS = {
-    "kl": lambda base, *on: {"kl, 8 layers d=512 T=512, 32 windows": bench.bench_training(d512(base, 32), *on, steps=80, combos=KL)},
-    "extension": lambda base, *on: {"extension, 8 layers d=512 T=512, 16 windows": extension(d512(base, 16), *on)},
-    "heads": lambda base, *on: {"heads, 124M T=1024, 12 windows": bench.bench_training(dataclasses.replace(base, compile="blocks"), *on, combos=HEADS)},
-    "plain": lambda base, *on: {"plain GPT, 124M T=1024, 12 windows, whole model compiled": bench.bench_training(
-        dataclasses.replace(base, compile="model"), *on, combos=[(0, 0, 1)])},
-    "memory": lambda base, *on: {"124M T=1024, 8 windows": bench.bench_training(dataclasses.replace(base, compile="blocks", micro_batch=8), *on, combos=[(4, 0, 1)])},
-    "decoding": lambda base, *on: {"decoding": decoding(*on)},
-    "shapes": lambda base, *on: {"rounds of two shapes, V=2048, T=128, random weights": shapes(*on)},
-    "tiny": lambda base, *on: {"heads, tiny": bench.bench_training(train.make_config(dict(preset="tiny")), *on, steps=5, vocab=2048,
-                                                                   combos=[(0, 0, 1), (1, 0, 1), (2, 0, 1), (4, 0, 1), (4, 0.5, 205)])},
+def d512(windows):
+    return dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=windows,
+                micro_batch=windows, compile="blocks")
+
+
+WITHOUT_KL = [bench.Case(0), bench.Case(1), bench.Case(2), bench.Case(4)]
+KL = [bench.Case(4), bench.Case(4, 0.5, 512), bench.Case(4, 0.5, 4096)]
+PARTS = {                                                 # name: (title of its table, what to run)
+    "kl": ("kl, 8 layers d=512 T=512, 32 windows", training(KL, steps=80, **d512(32))),
+    "extension": ("extension, 8 layers d=512 T=512, 16 windows", extension),
+    "heads": (
+        "heads, 124M T=1024, 12 windows",
+        training([*WITHOUT_KL, bench.Case(4, 0.5, 512)], compile="blocks"),
+    ),
+    "plain": (
+        "plain GPT, 124M T=1024, 12 windows, whole model compiled",
+        training([bench.Case(0)], compile="model"),
+    ),
+    "memory": (
+        "124M T=1024, 8 windows", training([bench.Case(4)], compile="blocks", micro_batch=8),
+    ),
+    "decoding": ("decoding", decoding),
+    "shapes": ("rounds of two shapes, V=2048, T=128, random weights", shapes),
+    "tiny": (
+        "heads, tiny",
+        training([*WITHOUT_KL, bench.Case(4, 0.5, 205)], steps=5, vocab=2048, preset="tiny"),
+    ),
 }
-SCALES = {"gpu": ["kl", "decoding", "plain", "extension", "heads", "memory"], "tiny": ["tiny", "shapes"]}
+SCALES = {
+    "gpu": ["kl", "decoding", "plain", "extension", "heads", "memory"],
+    "tiny": ["tiny", "shapes"],
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=list(PARTS), help="kl, extension, heads, plain, memory, decoding: for a GPU; tiny, shapes: for a CPU")
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ", ".join(SCALES["gpu"])
+    which = f"{parts}: for a GPU; tiny, shapes: for a CPU"
+    parser.add_argument("part", choices=list(PARTS), help=which)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end")
     args = parser.parse_args()
-    device = train.pick_device("auto")
+    device = pick_device("auto")
     torch.set_float32_matmul_precision("high")
-    out = PARTS[args.part](train.make_config(dict(preset="gpt2")), device, train.pick_dtype("auto", device)[0])
+    title, part = PARTS[args.part]
+    rows = part(device, pick_dtype("auto", device)[0])
     if args.json:
-        print(json.dumps(out))
+        print(json.dumps({title: rows}))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -35,33 +35,54 @@ def markdown(title, head, lines):
     return "\n".join(out + ["| " + " | ".join(str(x) for x in line) + " |" for line in lines]) + "\n\n"
 
 
+def column(runs, measure, scale=1, digits=3):
+    """spread of a measure of the runs' results"""
+    return spread([measure(row["result"]) for row in runs], scale, digits)
+
+
 def paired(groups, key, other, measure):
     """differences to the runs of `other` with the same seed"""
     base = {row["seed"]: measure(row) for row in groups.get(other, [])}
     return [measure(row) - base[row["seed"]] for row in groups[key] if row["seed"] in base]
 
 
+def main_loss(row):
+    return row["result"]["loss"][0]
+
+
+def first_ar(row):
+    return row["result"]["ar"][0]
+
+
 def effect_table(rows):
-    groups, lines = group(rows, "effect", "text", "K", "method"), []
+    groups = group(rows, "effect", "text", "K", "method")
+    lines = []
     for text, K, method in sorted(groups):
         runs = groups[text, K, method]
-        line = [text, K, method, len(runs), spread([r["result"]["loss"][0] for r in runs], digits=4)]
-        line.append("" if method == "MTP" else spread(paired(groups, (text, K, method), (text, K, "MTP"), lambda r: r["result"]["loss"][0]), digits=4))
-        line += [spread([r["result"]["ar"][0] for r in runs], 100, 2), spread([r["result"]["car"][-1] for r in runs], 100, 2),
-                 spread([r["result"]["tokens_per_forward"] for r in runs])]
-        lines.append(line)
+        difference = ""
+        if method != "MTP":
+            difference = spread(paired(groups, (text, K, method), (text, K, "MTP"), main_loss), digits=4)
+        lines.append([
+            text, K, method, len(runs), column(runs, lambda r: r["loss"][0], digits=4), difference,
+            column(runs, lambda r: r["ar"][0], 100, 2), column(runs, lambda r: r["car"][-1], 100, 2),
+            column(runs, lambda r: r["tokens_per_forward"]),
+        ])
     return markdown("MTP against MTP-D (mean over seeds ± half their range)",
-                    ["text", "K", "method", "seeds", "main head's val loss", "difference to MTP, same seed", "AR_1 %", "CAR_K %", "tokens per forward, from CAR"], lines)
+                    ["text", "K", "method", "seeds", "main head's val loss", "difference to MTP, same seed",
+                     "AR_1 %", "CAR_K %", "tokens per forward, from CAR"], lines)
 
 
 def ablation_table(rows):
-    out, everything = "", group(rows, "ablation", "text", "variant")
+    out = ""
+    everything = group(rows, "ablation", "text", "variant")
     for text in sorted({text for text, _ in everything}):
-        groups, lines = {variant: runs for (t, variant), runs in everything.items() if t == text}, []
+        groups = {variant: runs for (t, variant), runs in everything.items() if t == text}
+        lines = []
         for variant, runs in groups.items():
-            loss, ar = (paired(groups, variant, "MTP", measure) for measure in (lambda r: r["result"]["loss"][0], lambda r: r["result"]["ar"][0]))
-            lines.append([variant, len(runs), spread([r["result"]["loss"][0] for r in runs], digits=4), spread(loss, digits=4),
-                          spread([r["result"]["ar"][0] for r in runs], 100, 2), spread(ar, 100, 2)])
+            loss = paired(groups, variant, "MTP", main_loss)
+            ar = paired(groups, variant, "MTP", first_ar)
+            lines.append([variant, len(runs), column(runs, lambda r: r["loss"][0], digits=4), spread(loss, digits=4),
+                          column(runs, lambda r: r["ar"][0], 100, 2), spread(ar, 100, 2)])
         out += markdown(f"Ablation at K = 1, {text} (differences to MTP with the same seed)",
                         ["variant", "seeds", "main head's val loss", "to MTP", "AR_1 %", "to MTP, points"], lines)
     return out
@@ -74,51 +95,81 @@ def nanogpt_table(rows):
     for row in runs:
         val, step = min(zip(row["result"]["val"], row["result"]["step"]))
         lines.append([row["name"], val, step, row["result"]["step"][-1], row["device"]])
-    return markdown("TinyShakespeare by bytes (nanoGPT's published loss: 1.4697)", ["run", "lowest val loss", "at step", "last step measured", "device"], lines)
+    return markdown("TinyShakespeare by bytes (nanoGPT's published loss: 1.4697)",
+                    ["run", "lowest val loss", "at step", "last step measured", "device"], lines)
 
 
 def extend_table(rows):
     lines = []
     for (text, n, method), runs in sorted(group(rows, "extend", "text", "n", "method").items()):
         half = n // 2
-        for stage in ("before", "after"):
+        for stage, name in (("before", "copied"), ("after", "trained")):
             car = [r["result"][stage]["car"] for r in runs]
-            lines.append([text, f"{half} -> {n}", method, "copied" if stage == "before" else "trained", len(runs), spread([c[half] for c in car], 100, 2),
+            lines.append([text, f"{half} -> {n}", method, name, len(runs), spread([c[half] for c in car], 100, 2),
                           spread([c[-1] for c in car], 100, 2), spread([1 + sum(c) for c in car])])
-    return markdown("Looped extension", ["text", "heads", "method", "new heads", "seeds", "CAR of the first new head %", "CAR of the last %", "tokens per forward, from CAR"], lines)
+    return markdown("Looped extension", ["text", "heads", "method", "new heads", "seeds",
+                                         "CAR of the first new head %", "CAR of the last %",
+                                         "tokens per forward, from CAR"], lines)
+
+
+def round_costs(rows):
+    """the costs of a greedy round in ordinary steps, as measured in "speed python" -> {heads: list, an entry per
+    checkpoint}"""
+    plain = {}
+    costs = {}
+    for row in rows:
+        for r in row["result"] if row["name"] == "speed python" else ():
+            if r["temperature"] == 0:
+                plain.setdefault(r["checkpoint"], r["ms_round"])       # heads 0 comes first
+                costs.setdefault(r["heads"], []).append(r["ms_round"] / plain[r["checkpoint"]])
+    return costs
 
 
 def loop_speed_table(rows):
-    """what 1 + sum CAR and the measured cost of a greedy round, in plain steps, make of every model: weights hardly change the cost"""
-    plain, costs, lines = {}, {}, []
-    for r in (r for row in rows if row["name"] == "speed python" for r in row["result"] if r["temperature"] == 0):
-        plain.setdefault(r["checkpoint"], r["ms_round"])       # heads 0 comes first
-        costs.setdefault(r["heads"], []).append(r["ms_round"] / plain[r["checkpoint"]])
+    """what 1 + sum CAR and the measured cost of a greedy round make of every model: weights hardly change the cost"""
+    costs = round_costs(rows)
     cost = {heads: statistics.median(ratios) for heads, ratios in costs.items()}
-    runs = {(r["text"], r["K"], r["method"], r["seed"]): 1 + sum(r["result"]["car"]) for r in rows if r.get("part") == "effect"}
-    runs.update({(r["text"], r["n"], r["method"], r["seed"]): 1 + sum(r["result"]["after"]["car"]) for r in rows if r.get("part") == "extend"})
+    runs = {}                                                   # -> expected tokens per forward
+    for row in rows:
+        if row.get("part") == "effect":
+            runs[row["text"], row["K"], row["method"], row["seed"]] = 1 + sum(row["result"]["car"])
+        if row.get("part") == "extend":
+            runs[row["text"], row["n"], row["method"], row["seed"]] = 1 + sum(row["result"]["after"]["car"])
+    lines = []
     for text, n, method in sorted({key[:3] for key in runs}):
         seeds = [key[3] for key in runs if key[:3] == (text, n, method) and (text, 1, "MTP", key[3]) in runs]
         if n in cost and 1 in cost and seeds:
-            speed, first = ([runs[text, k, m, seed] / cost[k] for seed in seeds] for k, m in ((n, method), (1, "MTP")))
-            lines.append([text, n, method, len(seeds), f"{cost[n]:.2f} ({min(costs[n]):.2f} to {max(costs[n]):.2f})", spread(speed, digits=2), spread([a / b for a, b in zip(speed, first)], digits=2)])
-    return markdown("Speed expected of every model: 1 + sum CAR, over the cost of a greedy round as measured in \"speed python\"",
-                    ["text", "heads", "method", "seeds", "a round, in plain steps: median (range over checkpoints)", "x plain (± CAR over seeds)", "x 1-head MTP, same seed"], lines)
+            speed = [runs[text, n, method, seed] / cost[n] for seed in seeds]
+            first = [runs[text, 1, "MTP", seed] / cost[1] for seed in seeds]
+            lines.append([text, n, method, len(seeds), f"{cost[n]:.2f} ({min(costs[n]):.2f} to {max(costs[n]):.2f})",
+                          spread(speed, digits=2), spread([a / b for a, b in zip(speed, first)], digits=2)])
+    return markdown("Speed expected of every model: 1 + sum CAR, over the cost of a greedy round as measured in "
+                    "\"speed python\"",
+                    ["text", "heads", "method", "seeds", "a round, in plain steps: median (range over checkpoints)",
+                     "vs plain (± CAR over seeds)", "vs 1-head MTP, same seed"], lines)
+
+
+def speed_line(r):
+    return [Path(r["checkpoint"]).parent.name, r["temperature"], r["batch"], r["heads"],
+            f"{r['tokens_per_forward']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}",
+            f"{r['predicted_speedup']:.2f}", f"{r['over_one']:.2f}" if r["over_one"] else "",
+            f"{r['ms_round']:.3f}", f"{r['looping']}/{r['prompts'] // r['batch']}"]
 
 
 def speed_table(rows):
     out = ""
     for row in rows:
-        if row.get("part") == "speed" and isinstance(row["result"], list):
-            lines = [[Path(r["checkpoint"]).parent.name, r["temperature"], r["batch"], r["heads"], f"{r['tokens_per_forward']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}",
-                      f"{r['predicted_speedup']:.2f}",
-                      f"{r['over_one']:.2f}" if r["over_one"] else "", f"{r['ms_round']:.3f}", f"{r['looping']}/{r['prompts'] // r['batch']}"] for r in row["result"]]
-            out += markdown(f"Decoding: {row['name']}, {row['device']}", ["checkpoint", "temperature", "batch", "heads", "tokens per forward", "tokens/s", "x plain", "predicted", "x 1 head", "ms a round",
-                                                                          "looping, left out"], lines)
+        result = row["result"]
+        if row.get("part") == "speed" and isinstance(result, list):
+            out += markdown(f"Decoding: {row['name']}, {row['device']}",
+                            ["checkpoint", "temperature", "batch", "heads", "tokens per forward", "tokens/s",
+                             "vs plain", "predicted", "vs 1 head", "ms per round", "repetitive, excluded"],
+                            [speed_line(r) for r in result])
         if row["name"].startswith("check"):
-            out += f"`{row['command']}`: {row['result']['same']} of {row['result']['prompts']} greedy continuations identical" + (
-                "; the others part where two tokens are nearly tied.\n\n" if row["result"]["differences"] and all(
-                    d["gap"] <= 4 * d["rounding"] for d in row["result"]["differences"]) else ".\n\n")
+            tied = [d["gap"] <= 4 * d["rounding"] for d in result["differences"]]
+            rest = "; the others differ where two tokens are nearly tied" if tied and all(tied) else ""
+            out += (f"`{row['command']}`: {result['same']} of {result['prompts']} greedy continuations "
+                    f"identical{rest}.\n\n")
     return out
 
 
@@ -247,7 +298,7 @@ def speed_figure(plt, rows):
         right.plot([], [], "k:", lw=1.2, label="predicted from CAR and times")
         right.axhline(1, color="#cccccc", lw=1, zorder=0)
         left.set(title=f"{name}: temperature 1, batch 1", xlabel="heads that draft", ylabel="tokens per forward")
-        right.set(title="the same, by the clock", xlabel="heads that draft", ylabel="speed over plain decoding, x")
+        right.set(title="wall-clock speed-up", xlabel="heads that draft", ylabel="speed-up over ordinary decoding")
         for ax in (left, right):
             ax.set_xticks(sorted({r["heads"] for mine in checkpoints.values() for r in mine}))
             ax.legend(fontsize=7, frameon=False)
@@ -325,7 +376,7 @@ def figures(folder, rows):
 
 def read(path):
     """
-    the rows of a runs.jsonl; none where there is no file. A line that is no whole row (the machine stopped while it was
+    the rows of a runs.jsonl; none where there is no file. A line that is no whole row (the computer stopped while it was
     written) is left out, and a line on the screen says so: reproduce.py then makes that row again
     """
     rows = []

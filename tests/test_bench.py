@@ -1,4 +1,6 @@
-"""results/bench.py: acceptance against a slow loop, its rows by a clock that counts, its flags."""
+"""results/bench.py: acceptance against a slow loop, how its rows relate to each other, where its flags arrive."""
+
+import dataclasses
 import json
 import math
 import sys
@@ -9,15 +11,14 @@ import torch
 
 import common
 import decode
+import distill
 import train
 from data import prepare as P
 from model import GPT, GPTConfig
 from results import bench
 
-TEXTS = {
-    "text": "the cat sat on the mat, and that was that. " * 60,
-    "other": "we say: 12, 34 and 56! " * 90}
-FLAGS = dict(tokens=20, count=2, prompt_tokens=8, device="cpu", dtype="float64")
+CPU = torch.device("cpu")
+FLAGS = {"tokens": 20, "count": 2, "prompt_tokens": 8, "device": "cpu", "dtype": "float64"}
 
 
 def as_flags(values):
@@ -25,223 +26,322 @@ def as_flags(values):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """two prepared texts, and ckpt.pt with two heads, some of whose drafts are accepted"""
+def toy(tmp_path_factory):
+    """a checkpoint with two heads whose drafts are sometimes accepted, one without heads, one with
+    another tokenizer, and another text"""
     folder = tmp_path_factory.mktemp("bench")
-    for name, text in TEXTS.items():
+    texts = {"text": "the cat sat on the mat, and that was that. " * 60,
+             "other": "we say: 12, 34, 56 and 78! " * 80}
+    for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
         P.prepare(folder / f"{name}.txt", "bytes", folder / name, quiet=True)
-    values = dict(
-        preset="tiny", device="cpu", dtype="float64", compile="off",
-        data=folder / "text", out=folder,
-        n_layer=1, n_head=2, n_embd=16, n_mtp=2, block_size=48,
-        batch_size=8, steps=80, warmup=5, lr=0.02, eval_every=100, eval_windows=4)
+    values = dict(n_layer=1, n_head=2, n_embd=16, n_mtp=2, block_size=48, batch_size=8, steps=80,
+                  warmup=5, lr=0.02, eval_every=100, eval_windows=4, device="cpu", dtype="float64",
+                  compile="off", preset="tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "git_commit", lambda: "1234567")
-        patch.setattr(sys, "argv", ["train.py", *as_flags(values)])
+        patch.setattr(sys, "argv", ["train.py", *as_flags({**values, "data": folder / "text", "out": folder})])
         train.main()
+    model, meta = common.load_checkpoint(folder / "ckpt.pt")
+    plain = GPT(dataclasses.replace(model.config, n_mtp=0)).double()
+    common.save_checkpoint(folder / "plain.pt", plain, **meta)
+    common.save_checkpoint(folder / "bpe.pt", plain, **{**meta, "tokenizer": {**meta["tokenizer"], "name": "x"}})
     return folder
+
+
+def call(monkeypatch, capsys, *argv):
+    """-> what `bench.py ..` prints"""
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, argv)])
+    capsys.readouterr()
+    bench.main()
+    return capsys.readouterr().out
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """time is the number of embeddings looked up: 1 second for the trunk, 1 for each head"""
+    """time is the number of embeddings looked up: the main model takes 1 second, and so does each head"""
     seconds = [0.0]
     forward = torch.nn.Embedding.forward
-    milliseconds = bench.milliseconds
 
     def count(self, tokens):
         seconds[0] += 1
         return forward(self, tokens)
     monkeypatch.setattr(torch.nn.Embedding, "forward", count)
     monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
-    # measured by this clock, one repetition tells as much as 20
-    monkeypatch.setattr(bench, "milliseconds", lambda x, device, *_: milliseconds(x, device, 1))
+    milliseconds = bench.milliseconds                   # by this clock, once tells as much as 20 times
+    monkeypatch.setattr(bench, "milliseconds",
+                        lambda functions, device, repeats=1: milliseconds(functions, device, 1))
 
 
 @pytest.fixture
-def rows(folder, clock, monkeypatch, capsys):
-    """the benchmark's rows, given more checkpoints and changed flags"""
-    def call(*more, **changes):
-        argv = [folder / "ckpt.pt", *more, "--bench", "--json", *as_flags({**FLAGS, **changes})]
-        monkeypatch.setattr(sys, "argv", ["decode.py", *map(str, argv)])
-        capsys.readouterr()
-        decode.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-    return call
+def rows(toy, clock, monkeypatch, capsys):
+    def decode_rows(*checkpoints, **changes):
+        out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", *checkpoints, "--json",
+                   *as_flags({**FLAGS, **changes}))
+        return json.loads(out.splitlines()[-1])
+    return decode_rows
 
 
-def column(table, *names):
+def numbers(table):
+    """what doesn't depend on the time"""
+    names = ("heads", "tokens_per_forward", "ar", "car", "looping", "batch")
     return [[row[name] for name in names] for row in table]
 
 
-# ---- acceptance
+# -----------------------------------------------------------------------------
+# acceptance
 
 
 def distribution(logits, temperature, top_k):
-    """logits -> {token: probability}, of the top k alone"""
     weights = {v: math.exp(x / temperature) for v, x in enumerate(logits.tolist())}
-    kept = sorted(weights, key=weights.get, reverse=True)[:top_k]
+    kept = sorted(weights, key=weights.get)[-top_k if top_k else 0 :]
     total = sum(weights[v] for v in kept)
     return {v: weights[v] / total for v in kept}
 
 
-def acceptance_rate(p, q, accept):
-    """of a draft: sum_v min(p, q) where it is sampled from q, p(argmax q) where it is the argmax"""
-    if accept == "residual":
-        return sum(min(p.get(v, 0), q[v]) for v in q)
-    return p.get(max(q, key=q.get), 0)
-
-
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"draft_vocab": 3},
+                                     {"temperature": 0.5, "top_k": 3, "draft_vocab": 4}])
 @pytest.mark.parametrize("accept", ["residual", "match", "point"])
-@pytest.mark.parametrize("temperature, top_k, draft_vocab", [
-    (1.0, None, None), (1.0, 2, None), (1.0, None, 3), (0.5, 3, 4)])
-def test_acceptance_when_sampling_equals_a_slow_loop(accept, temperature, top_k, draft_vocab):
+def test_acceptance_when_sampling_against_a_slow_loop(accept, options):
     torch.manual_seed(3)
     model = GPT(GPTConfig(6, 24, 1, 1, 8, 2)).double().eval()
     for weight in model.parameters():
         weight.data.copy_(torch.randn(weight.shape) * 0.5 + (weight.dim() == 1))
+    options = {"temperature": 1.0, **options}
+    T, top_k = options["temperature"], options.get("top_k")
     prompt, ids = [1, 2], [0, 3, 5, 4, 1, 0, 2, 0]
-    tokens = torch.tensor([prompt + ids[:-1]])
-    main, *heads = [logits[0] for logits in model.all_logits(tokens)]
-    products = []
-    for i in range(len(prompt) - 1, tokens.size(1) - 2):  # the rounds that have both drafts
-        rates = []
-        for k, logits in enumerate(heads, 1):
-            p = distribution(main[i + k], temperature, top_k)
-            q = distribution(logits[i][:draft_vocab], temperature, top_k)
-            rates.append(acceptance_rate(p, q, accept))
-        products.append([rates[0], rates[0] * rates[1]])
-    first, both = [sum(x) / len(products) for x in zip(*products)]
-    ar, car = bench.text_acceptance(model, [(prompt, ids)], temperature, top_k, accept, draft_vocab)
-    assert car == pytest.approx([first, both]) and ar == pytest.approx([first, both / first])
+    text = prompt + ids[:-1]
+    logits = [x[0] for x in model.all_logits(torch.tensor([text]))]
+    want = []
+    for i in range(len(prompt) - 1, len(text) - 2):     # rounds that have both drafts
+        kept = [1.0]
+        for k in (1, 2):                                # head k's row i and the main head's row i+k
+            p = distribution(logits[0][i + k], T, top_k)
+            q = distribution(logits[k][i][: options.get("draft_vocab")], T, top_k)
+            draft = max(q, key=q.get)
+            rate = p.get(draft, 0)
+            if accept == "residual":
+                rate = sum(min(p.get(v, 0), q[v]) for v in q)
+            kept.append(kept[-1] * rate)
+        want.append(kept[1:])
+    car = [sum(column) / len(want) for column in zip(*want)]
+    got_ar, got_car = bench.text_acceptance(model, [(prompt, ids)], accept=accept, **options)
+    assert got_car == pytest.approx(car) and got_ar == pytest.approx([car[0], car[1] / car[0]])
 
 
-# ---- the rows
+# -----------------------------------------------------------------------------
+# bench.py decode: the rows
 
 
-def test_what_the_numbers_of_a_row_have_to_do_with_each_other(folder, rows):
+def test_rows_with_a_clock_that_counts_forwards(toy, rows):
     table = rows(count=1)
-    model = common.load_checkpoint(folder / "ckpt.pt")[0]
-    read = sum(p.numel() for p in [*model.blocks.parameters(), model.weight]) * 8    # bytes
-    assert column(table, "temperature", "heads") == [[t, k] for t in (0, 1) for k in (0, 1, 2)]
-    for plain, one, two in (table[:3], table[3:]):
-        assert one["ar"] == one["car"] and two["car"] == pytest.approx(one["ar"] * two["ar"])
-        assert 0 < two["car"] < one["car"] < 1 < two["tokens_per_forward"]
-        expected = [1, 1 + one["car"], 1 + one["car"] + two["car"]]
-        for k, row in enumerate((plain, one, two)):
-            cost = 1 + k                                       # seconds of a round
-            assert row["ms_round"] == 1000 * cost
-            assert row["ms_draft"] == 1000 * k and row["ms_verify"] == 1000
-            assert row["tokens_per_s"] == pytest.approx(row["tokens_per_forward"] / cost)
-            assert row["predicted_tokens_per_forward"] == pytest.approx(expected[k])
-            assert row["predicted_speedup"] == pytest.approx(expected[k] / cost)
-            assert row["model_speedup"] == pytest.approx(row["tokens_per_forward"] / cost)
+    model = common.load_checkpoint(toy / "ckpt.pt")[0]
+    weights = 8 * sum(p.numel() for p in [*model.blocks.parameters(), model.weight])     # float64
+    for plain, *some in (table[:3], table[3:]):
+        assert some[0]["ar"] == some[0]["car"] and some[1]["car"] == pytest.approx(some[0]["ar"] * some[1]["ar"])
+        assert 0 < some[1]["car"] < some[0]["car"] < 1
+        for row in (plain, *some):
+            k = row["heads"]
+            assert (row["ms_round"], row["ms_draft"], row["ms_verify"]) == (1000 * (1 + k), 1000 * k, 1000)
+            assert row["tokens_per_s"] == pytest.approx(row["tokens_per_forward"] / (1 + k))
             assert row["speedup"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
-            assert row["over_one"] == pytest.approx(row["tokens_per_s"] / one["tokens_per_s"])
-            assert row["gb_per_s"] == pytest.approx(read / cost / 1e9)
+            assert row["predicted_tokens_per_forward"] == pytest.approx(1 + sum(r["car"] for r in some[:k]))
+            assert row["predicted_speedup"] == pytest.approx(row["predicted_tokens_per_forward"] / (1 + k))
+            assert row["model_speedup"] == pytest.approx(row["tokens_per_forward"] / (1 + k))
+            assert row["over_one"] == pytest.approx(row["tokens_per_s"] / some[0]["tokens_per_s"])
+            assert row["gb_per_s"] == pytest.approx(weights / (1 + k) / 1e9)
+    assert table[1]["tokens_per_forward"] > 1.2
+    assert [row["temperature"] for row in table] == [0] * 3 + [1] * 3
 
 
-def test_a_second_checkpoint_is_compared_with_one_head_of_the_first(folder, rows, tmp_path):
-    model, meta = common.load_checkpoint(folder / "ckpt.pt")
+def test_a_second_checkpoint_is_compared_with_one_head_of_the_first(toy, rows):
+    model, meta = common.load_checkpoint(toy / "ckpt.pt")
     torch.manual_seed(0)
-    for weight in model.heads.parameters():  # drafts that are hardly ever accepted
+    for weight in model.heads.parameters():             # its drafts are never right
         weight.data.normal_(std=0.1)
-    common.save_checkpoint(tmp_path / "worse.pt", model, **meta)
-    table = rows(tmp_path / "worse.pt", count=1)
-    one = {row["temperature"]: row["tokens_per_s"] for row in table[:6] if row["heads"] == 1}
-    for row in table[6:]:
-        assert row["over_one"] == pytest.approx(row["tokens_per_s"] / one[row["temperature"]])
-    assert table[7]["tokens_per_s"] < 0.9 * one[0]
+    common.save_checkpoint(toy / "worse.pt", model, **meta)
+    table = rows(toy / "worse.pt", count=1)
+    first, second = table[:6], table[6:]
+    for row, own in zip(second, first):
+        one = first[1 if row["temperature"] == 0 else 4]
+        assert row["over_one"] == pytest.approx(row["tokens_per_s"] / one["tokens_per_s"])
+    assert second[1]["tokens_per_s"] < 0.9 * first[1]["tokens_per_s"]
 
 
-def test_repetitive_outputs_are_left_out_of_the_medians(rows, monkeypatch, tmp_path):
-    for name, lines in (("both", "the cat\nand that"), ("second", "and that")):
-        (tmp_path / name).write_text(lines, encoding="utf-8")
+def test_prompts_that_end_in_a_loop_are_left_out(toy, rows, monkeypatch):
+    for name, lines in (("both", ["the cat", "and that"]), ("second", ["and that"])):
+        (toy / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.delitem(FLAGS, "prompt_tokens")         # of no use with --prompts
     monkeypatch.setattr(bench, "loops", lambda ids: False)
-    names = "tokens_per_forward", "car", "speedup"
-    second = column(rows(prompts=tmp_path / "second")[:3], *names)
-    both = column(rows(prompts=tmp_path / "both")[:3], *names)
-    answers = iter([True, False] * 2)                          # for two temperatures
-    monkeypatch.setattr(bench, "loops", lambda ids: next(answers))
-    table = rows(prompts=tmp_path / "both")[:3]
-    assert column(table, *names) == second != both
-    assert column(table, "looping", "prompts") == [[1, 2]] * 3
+    second, both = [rows(prompts=toy / f"{name}.txt")[:3] for name in ("second", "both")]
+    looping = iter([True, False, True, False])
+    monkeypatch.setattr(bench, "loops", lambda ids: next(looping))
+    left = rows(prompts=toy / "both.txt")[:3]
+    assert [row["looping"] for row in left] == [1] * 3 and [row["prompts"] for row in left] == [2] * 3
+    for name in ("tokens_per_forward", "car", "speedup"):
+        assert [row[name] for row in left] == [row[name] for row in second] != [row[name] for row in both]
 
 
-# ---- the flags
+def test_a_checkpoint_without_heads_and_the_printed_table(toy, monkeypatch, capsys):
+    out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", toy / "plain.pt", "--json", *as_flags(FLAGS))
+    out, _, result = out.strip().rpartition("\n")
+    assert [(r["heads"], r["temperature"]) for r in json.loads(result)] == [
+        (k, t) for t in (0, 1) for k in (0, 1, 2)] + [(0, 0), (0, 1)]
+    assert "plain.pt has no MTP heads" in out and out.count("plain PyTorch") == 4
+    assert out.count("vs plain") == out.count("vs 1 head") == 4 and "repetitive output" in out
 
-OTHERS = dict(accept="match", draft_vocab=100, seed=2, tokens=12, count=1, prompt_tokens=3, batch=2,
-              data="other", heads=2, top_k=1)
-base_rows = []  # made by the first test that needs them
+
+def test_loops_are_told_from_text():
+    assert bench.loops([1, 2, 3] + [5, 6, 7, 8] * 3) and bench.loops([9] * 12) and bench.loops([0, 1] * 6)
+    assert not bench.loops(list(range(40))) and not bench.loops([7] * 5) and not bench.loops([])
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_each_flag_changes_the_rows(folder, rows, name):
-    if not base_rows:
-        base_rows.extend(rows())
-    got = rows(**{name: folder / "other" if name == "data" else OTHERS[name]})
-    greedy, sampled = got[: len(got) // 2], got[len(got) // 2 :]
-    counts = "heads", "tokens_per_forward", "ar", "car"
-    assert column(got, *counts, "batch") != column(base_rows, *counts, "batch")
-    assert all(row["prompts"] == (1 if name == "count" else 2) for row in got)
-    assert all(row["batch"] == (2 if name == "batch" else 1) for row in got)
-    if name == "heads":
-        assert column(got, "heads") == [[0], [2]] * 2
-    if name in ("accept", "draft_vocab"):  # in the rounds and in the teacher-forced rates
-        assert column(sampled, "tokens_per_forward") != column(base_rows[3:], "tokens_per_forward")
-        assert column(sampled, "ar") != column(base_rows[3:], "ar")
-    if name == "top_k":  # the most likely token alone is greedy
-        assert column(sampled, *counts) == column(greedy, *counts) == column(base_rows[:3], *counts)
+# -----------------------------------------------------------------------------
+# the flags
+
+
+@pytest.mark.parametrize("changes", [
+    {"accept": "match"}, {"draft_vocab": 100}, {"seed": 2}, {"tokens": 12}, {"count": 1},
+    {"prompt_tokens": 3}, {"batch": 2}, {"data": "other"}, {"heads": 2}, {"top_k": 1},
+], ids=str)
+def test_each_flag_changes_the_rows(toy, rows, changes, cached=[]):
+    cached += [] if cached else [rows()]
+    base = cached[0]
+    if "data" in changes:
+        changes = {"data": toy / "other"}
+    got = rows(**changes)
+    assert numbers(got) != numbers(base)
+    for name in ("accept", "draft_vocab", "seed"):      # in the rounds and in the teacher-forced rates
+        if name in changes:
+            assert [r["tokens_per_forward"] for r in got[4:]] != [r["tokens_per_forward"] for r in base[4:]]
+            assert name == "seed" or [r["ar"] for r in got[4:]] != [r["ar"] for r in base[4:]]
+    assert [r["prompts"] for r in got] == [changes.get("count", 2)] * len(got)
+    assert [r["batch"] for r in got] == [changes.get("batch", 1)] * len(got)
+    if "heads" in changes:
+        assert [r["heads"] for r in got] == [0, 2] * 2
+    if "top_k" in changes:                              # the most likely token alone: greedy
+        assert numbers(got)[3:] == numbers(got)[:3] == numbers(base)[:3]
     else:
-        assert column(sampled, *counts) != column(greedy, *counts)
+        assert numbers(got)[3:] != numbers(got)[:3]
 
 
-@pytest.mark.parametrize("data", TEXTS)
-def test_prompts_are_pieces_of_the_data(folder, data):
-    model, meta = common.load_checkpoint(folder / "ckpt.pt")
-    tokenizer = P.Tokenizer(meta["tokenizer"])
-    cfg = decode.DecodeConfig(count=3, prompt_tokens=7, tokens=20, data=str(folder / data))
-    prompts = [tokenizer.decode(ids) for ids in bench.read_prompts(cfg, tokenizer, meta, model)]
-    assert len(prompts) == 3 and all(len(text) == 7 and text in TEXTS[data] for text in prompts)
+def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
+    (checkpoint,) = bench.load([toy / "ckpt.pt"], bench.CheckConfig())
+    for data in ("", "other"):
+        cfg = bench.CheckConfig(count=3, prompt_tokens=7, tokens=20, data=data and str(toy / data))
+        prompts = bench.pick_prompts(checkpoint, cfg)
+        text = (toy / f"{data or 'text'}.txt").read_text(encoding="utf-8")
+        assert len(prompts) == 3
+        for ids in prompts:
+            assert len(ids) == 7 and checkpoint.tokenizer.decode(ids) in 3 * text
+    (toy / "many.txt").write_text("a\n\nb\nc\n", encoding="utf-8")
+    for count in (2, 9):
+        cfg = bench.CheckConfig(count=count, prompts=str(toy / "many.txt"))
+        assert bench.pick_prompts(checkpoint, cfg) == [[97], [98], [99]][:count]
+    (toy / "q.jsonl").write_text('{"question": "the dog"}\n{"text": "on"}\n', encoding="utf-8")
+    assert bench.read_prompts(toy / "q.jsonl") == ["the dog", "on"]
 
 
-@pytest.mark.parametrize("count", [2, 9])
-def test_prompts_are_lines_of_a_file(folder, tmp_path, count):
-    model, meta = common.load_checkpoint(folder / "ckpt.pt")
-    (tmp_path / "lines.txt").write_text("a\nb\nc\n", encoding="utf-8")
-    cfg = decode.DecodeConfig(count=count, prompts=str(tmp_path / "lines.txt"))
-    got = bench.read_prompts(cfg, P.Tokenizer(meta["tokenizer"]), meta, model)
-    assert got == [[97], [98], [99]][:count]
+@pytest.mark.parametrize("argv,message", [
+    (["check", "gone.pt"], "no checkpoint at"),
+    (["check", "ckpt.pt", "--count", 0], "--count is 0"),
+    (["check", "ckpt.pt", "--heads", 3], "has 2 MTP heads"),
+    (["check", "plain.pt"], "nothing to compare"),
+    (["check", "ckpt.pt", "--prompts", "gone.txt"], "gone.txt"),
+    (["check", "ckpt.pt", "--prompts", "bad.jsonl"], "bad.jsonl, line 2"),
+    (["decode", "ckpt.pt", "--prompts", "bad.jsonl", "--prompt_tokens", 3], "--prompt_tokens has no effect"),
+    (["decode", "ckpt.pt", "bpe.pt"], "different tokenizers"),
+    (["decode", "ckpt.pt", "--tokens", 0], "--tokens is 0"),
+    (["decode", "ckpt.pt", "--top_k", 999], "top_k is 999"),
+    (["decode", "ckpt.pt", "--accept", "x"], "--accept is 'x'"),
+    (["decode", "ckpt.pt", "--batch", 0], "--batch is 0"),
+    (["decode", "ckpt.pt", "--batch", 9, "--tokens", 4], "--batch 9"),
+    (["decode", "ckpt.pt", "--tokens", 2, "--prompt_tokens", 8], "no continuation is longer than 2 tokens"),
+    (["train", "--heads", "two"], "--heads is 'two'"),
+    (["train", "--kl", "forward,x"], "--kl is 'x'"),
+    (["train", "--heads", -1], "--n_mtp is -1"),
+    (["train", "--n_embd", 97], "n_embd is 97"),
+    (["--check"], "the first argument"),
+    ([], "the first argument"),
+])
+def test_bad_requests(toy, monkeypatch, capsys, argv, message):
+    (toy / "bad.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n', encoding="utf-8")
+    argv = [toy / a if str(a).endswith((".pt", ".jsonl")) else a for a in argv]
+    monkeypatch.setattr(bench, "bench_training", None)  # it would train a GPT-2
+    with pytest.raises(common.UserError, match=message):
+        call(monkeypatch, capsys, *argv)
 
 
-def test_check_compares_plain_decoding_with_the_heads_asked_for(folder, monkeypatch):
+# -----------------------------------------------------------------------------
+# bench.py check
+
+
+def test_check_finds_no_difference_in_float64(toy, monkeypatch, capsys):
+    out = call(monkeypatch, capsys, "check", toy / "ckpt.pt", "--json", *as_flags({**FLAGS, "count": 3}))
+    assert "3 of 3 greedy continuations are identical" in out and "2 heads on cpu: plain PyTorch" in out
+    assert json.loads(out.splitlines()[-1]) == dict(same=3, prompts=3, differences=[])
+
+
+def test_check_compares_what_was_asked_for_and_shows_a_difference(toy, monkeypatch, capsys):
     asked = []
-    generate = decode.generate
+    run_decoder = decode.run_decoder
 
-    def spy(model, prompts, length, **options):
-        asked.append((length, options))
-        return generate(model, prompts, length, **options)
-    monkeypatch.setattr(decode, "generate", spy)
-    flags = as_flags({**FLAGS, "heads": 1, "draft_vocab": 9, "count": 1})
-    monkeypatch.setattr(sys, "argv", ["decode.py", str(folder / "ckpt.pt"), "--check", *flags])
-    decode.main()
-    (length, plain), (also, drafted) = asked
-    assert length == also == 20 and plain["heads"] == 0
-    assert (drafted["heads"], drafted["draft_vocab"]) == (1, 9)
-    assert plain.get("temperature", 0) == drafted.get("temperature", 0) == 0
+    def wrong(decoder, prompts, n):
+        asked.append((decoder.heads, decoder.draft_vocab, decoder.temperature, n))
+        (ids,), stats = run_decoder(decoder, prompts, n)
+        if decoder.heads:
+            ids[5] ^= 1
+        return [ids], stats
+    monkeypatch.setattr(decode, "run_decoder", wrong)
+    more = as_flags({**FLAGS, "heads": 1, "draft_vocab": 9, "count": 2})
+    out = call(monkeypatch, capsys, "check", toy / "ckpt.pt", *more)
+    assert asked == [(0, 9, 0, 20), (1, 9, 0, 20)] * 2
+    assert "0 of 2" in out and out.count("differs at token 5") == 2
 
 
-def test_a_timed_training_step_is_the_one_that_its_row_names(monkeypatch):
+# -----------------------------------------------------------------------------
+# bench.py train
+
+
+TOY_CONFIG = train.TrainConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=4, micro_batch=2,
+                               compile="off")
+
+
+def test_a_training_step_is_timed_with_what_its_row_says(monkeypatch, capsys):
     seen = []
-    loss = train.distill.mtp_loss
+    loss = distill.mtp_loss
 
     def spy(hidden, weight, targets, **options):
-        seen.append((len(hidden) - 1, options["beta"][0], options["top_n"], len(targets)))
+        seen.append((len(hidden) - 1, options["ramp"] * options["beta"][0], options["top_n"], options["kl"],
+                     len(targets)))
         return loss(hidden, weight, targets, **options)
-    monkeypatch.setattr(train.distill, "mtp_loss", spy)
-    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=8)
-    cfg = train.TrainConfig(batch_size=4, micro_batch=2, compile="off", **shape)
-    combos = [(1, 0, 1), (2, 0.5, 3)]
-    bench.bench_training(cfg, torch.device("cpu"), torch.float32, steps=1, combos=combos, vocab=11)
-    assert list(dict.fromkeys(seen)) == [(1, 0, 1, 2), (2, 0.5, 3, 2)]
+    monkeypatch.setattr(distill, "mtp_loss", spy)
+    cases = [bench.Case(1), bench.Case(2, 0.5, 3), bench.Case(2, 0.5, 3, "tv")]
+    table = bench.bench_training(TOY_CONFIG, CPU, torch.float32, 1, cases, vocab=11)
+    assert list(dict.fromkeys(seen)) == [(1, 0, 1, "forward", 2), (2, 0.5, 3, "forward", 2), (2, 0.5, 3, "tv", 2)]
+    assert [bench.Case(*[row[name] for name in ("n_mtp", "beta", "top_n", "kl")]) for row in table] == cases
+    assert all(row["ms"] > 0 and row["tokens_per_s"] * row["ms"] == pytest.approx(16_000) for row in table)
+    assert all(row["loss"].startswith("plain (distill.py; ") for row in table)
+    assert capsys.readouterr().out.count("ms per step") == 3
+    assert TOY_CONFIG.beta == "0.5" and TOY_CONFIG.kl_start == 0.75     # the config that came in is as it was
+
+
+def test_a_registered_divergence_is_timed_beside_the_others(monkeypatch, capsys):
+    """with the numbers of heads, the divergences, N and --fast that were asked for"""
+    calls = []
+
+    def js(log_p, log_q):
+        calls.append(log_p.shape[-1])
+        middle = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (distill.forward_kl(middle, log_q) + distill.forward_kl(middle, log_p)) / 2
+    monkeypatch.setitem(distill.DIVERGENCES, "js", js)
+    flags = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=2, micro_batch=2, vocab_size=11,
+                 repeats=1, heads="2,0", kl="forward,js", top_n="3,5", fast="auto,off", device="cpu")
+    out = call(monkeypatch, capsys, "train", "--json", *as_flags(flags))
+    table = json.loads(out.splitlines()[-1])
+    kinds = [(0.0, 1, "forward")] + [(0.5, n, kl) for kl in ("forward", "js") for n in (3, 5)]
+    assert [(r["n_mtp"], r["beta"], r["top_n"], r["kl"]) for r in table] == [
+        (0, 0.0, 1, "forward")] * 2 + [(2, *kind) for kind in kinds] * 2
+    off = ["fast is off" in row["loss"] for row in table]
+    assert off == [False, True] + [False] * 5 + [True] * 5
+    assert set(calls) == {3, 5}
