@@ -280,7 +280,7 @@ def test_extending_heads_that_were_trained_one_at_a_time(base):
     """checkpoints of earlier versions: in the last stage only the last head had a weight"""
     meta, model = common.load_checkpoint(base)[1], make_model(5)
     meta["train_config"].update(n_mtp=4, alpha="0,0,0,0.2", beta="0,0,0,0.5")
-    for weights in ("0,0,0,0.2", "0,0,0.2,0"):                           # .. which may never have come
+    for weights in ("0,0,0,0.2", "0,0,0.2,0"):  # .. which may never have come
         meta["train_config"]["alpha"] = weights
         cfg = extend.extension_config(meta, model, {"out": "x"}, 4)
         assert train.head_weights(cfg) == [[0] * 4 + [0.2], [0] * 4 + [0.5]]
@@ -293,7 +293,7 @@ def test_an_extension_is_resumed_where_it_lies(base, tmp_path, monkeypatch):
         stop_at(patch, 3)
         extended(patch, base, tmp_path / "b", "--steps", 4)
     (tmp_path / "b").rename(tmp_path / "c")
-    extended(monkeypatch, base, tmp_path / "b", "--steps", 2)            # another run in its former place
+    extended(monkeypatch, base, tmp_path / "b", "--steps", 2)  # another run in its former place
     before = (tmp_path / "b/ckpt.pt").read_bytes(), (tmp_path / "b/log.jsonl").read_bytes()
     with pytest.raises(common.UserError, match="another checkpoint.*--out"):
         call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt", "--out", tmp_path / "b")
@@ -322,7 +322,7 @@ def test_nothing_of_another_run_is_overwritten(base, tmp_path, monkeypatch, caps
     shutil.copytree(base.parent, source)
     shutil.copy(source / "ckpt.pt", source / "best.pt")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    for steps in (0, 2):                                                 # over its own source, by whatever name
+    for steps in (0, 2):  # over its own source, by whatever name
         for name, out in (("ckpt.pt", source), ("best.pt", source), ("ckpt.pt", source / ".." / "x")):
             with pytest.raises(common.UserError, match="is the folder of .* itself"):
                 call(monkeypatch, source / name, "--out", out, "--steps", steps)
@@ -334,7 +334,7 @@ def test_nothing_of_another_run_is_overwritten(base, tmp_path, monkeypatch, caps
         capsys.readouterr()
         before = (tmp_path / "x-4/ckpt.pt").read_bytes()
         call(monkeypatch, source / "ckpt.pt", "--steps", steps)
-        assert (tmp_path / "x-4/ckpt.old.pt").read_bytes() == before     # the earlier extension is kept
+        assert (tmp_path / "x-4/ckpt.old.pt").read_bytes() == before  # the earlier extension is kept
         assert "kept as ckpt.old.pt" in capsys.readouterr().out
 
 
@@ -343,7 +343,9 @@ def test_nothing_of_another_run_is_overwritten(base, tmp_path, monkeypatch, caps
 
 def test_defaults_come_from_the_checkpoint(base, tmp_path, monkeypatch):
     meta, model = common.load_checkpoint(base)[1], make_model(4)
+    meta["train_config"]["schedule_steps"] = 30  # of the training that is over
     cfg = extend.extension_config(meta, model, {"out": "x"}, 2)
+    assert cfg.schedule_steps == 0
     kept = ("data", "lr", "batch_size", "micro_batch", "eval_windows", "seed", "dtype", "block_size", "top_n")
     assert {name: getattr(cfg, name) for name in kept} == {name: meta["train_config"][name] for name in kept}
     assert cfg.steps == 12 and cfg.warmup == 1                           # a fifth, and a tenth of that

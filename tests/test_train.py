@@ -166,13 +166,14 @@ def test_what_the_optimizer_holds(data, tmp_path):
 
 
 def test_the_schedule_reaches_the_optimizer(data, tmp_path, monkeypatch):
-    """a matrix moves by the learning rate of its step: AdamW's first steps are about lr * sign(gradient)"""
     cfg = config(data, tmp_path, steps=4, warmup=2, lr=1e-2, min_lr=0.0, weight_decay=0.0, clip=0.0)
     seen, make = [], train.make_optimizer
 
     def spy(*args):
         optimizer = make(*args)
-        optimizer.register_step_pre_hook(lambda *_: seen.append([g["lr"] for g in optimizer.param_groups]))
+        def rates(*_):
+            seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.register_step_pre_hook(rates)
         return optimizer
     monkeypatch.setattr(train, "make_optimizer", spy)
     fit(cfg)
@@ -359,9 +360,9 @@ def test_a_moved_checkpoint_is_resumed_where_it_lies(data, tmp_path, monkeypatch
     call(monkeypatch, "--resume", tmp_path / "b/ckpt.pt", "--steps=3")
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
     assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 3
-    assert not list((tmp_path / "b").glob("*.old*"))                     # a resumed run replaces its own
+    assert not list((tmp_path / "b").glob("*.old*"))  # a resumed run replaces its own
     assert [row.get("start") for row in log_rows(tmp_path / "b") if "start" in row] == [0, 2]
-    monkeypatch.chdir(tmp_path / "b")                                    # a bare file name has a folder too
+    monkeypatch.chdir(tmp_path / "b")  # a bare file name has a folder too
     call(monkeypatch, "--resume", "ckpt.pt", "--steps=4")
     assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 4
 
@@ -382,20 +383,23 @@ def test_a_new_run_keeps_the_old_one(data, tmp_path, capsys):
     names = ("ckpt", "best")
     kept = []
     for seed in (1, 2, 3):
-        fit(config(data, tmp_path, seed=seed, keep_best=seed == 1))      # the third has no best.pt to move
+        fit(config(data, tmp_path, seed=seed, keep_best=seed == 1))  # the third has no best.pt to move
         kept.append([line for line in capsys.readouterr().out.splitlines() if "earlier run" in line])
         for name in names if seed == 2 else ["ckpt"]:
             meta = common.load_checkpoint(tmp_path / f"{name}.old.pt")[1] if seed > 1 else None
             assert meta is None or meta["train_config"]["seed"] == seed - 1
-        assert (tmp_path / "best.pt").exists() == (seed == 1)            # a stale one would pass for this run's
+        assert (tmp_path / "best.pt").exists() == (seed == 1)  # a stale one would pass for this run's
     assert [len(lines) for lines in kept] == [0, 1, 1] and "ckpt.old.pt" in kept[1][0]
-    assert not (tmp_path / "best.old.pt").exists()                       # one generation: not that of seed 1
+    assert not (tmp_path / "best.old.pt").exists()  # one generation: not that of seed 1
     assert log_rows(tmp_path)[0]["config"]["seed"] == 3
     old = json.loads((tmp_path / "log.old.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert old["config"]["seed"] == 2
     (tmp_path / "ckpt.pt").unlink()
     with pytest.raises(common.UserError, match="no checkpoint.*ckpt.old.pt"):
         common.load_checkpoint(tmp_path / "ckpt.pt")
+    fit(config(data, tmp_path, seed=4))  # after a run that saved nothing
+    assert [row["config"]["seed"] for row in log_rows(tmp_path) if "config" in row] == [4]
+    assert common.load_checkpoint(tmp_path / "ckpt.old.pt")[1]["train_config"]["seed"] == 2
 
 
 def test_resume_does_what_the_flags_say(data, tmp_path, monkeypatch):
@@ -408,17 +412,20 @@ def test_resume_does_what_the_flags_say(data, tmp_path, monkeypatch):
     assert decayed["betas"] == other["betas"] == (0.9, 0.5)
     assert model.weight.dtype == torch.float32
     state = meta["optimizer"]["state"][0]
-    assert state["exp_avg"].dtype == torch.float32 and int(state["step"]) == 3   # the moments went on
+    assert state["exp_avg"].dtype == torch.float32 and int(state["step"]) == 3  # the moments went on
 
 
 def test_more_steps_keep_what_was_reached(data, tmp_path, monkeypatch):
     options = {"steps": 4, "warmup": 0, "min_lr": 0.1, "kl_start": 0.5, "kl_ramp": 0.25}
     seen, loss = [], train.distill.mtp_loss
-    monkeypatch.setattr(train.distill, "mtp_loss",
-                        lambda *args, **options: (seen.append(options["ramp"]), loss(*args, **options))[1])
+
+    def spy(*args, **options):
+        seen.append(options["ramp"])
+        return loss(*args, **options)
+    monkeypatch.setattr(train.distill, "mtp_loss", spy)
     fit(config(data, tmp_path, **options))
     call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=6")
-    call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=9")     # once more: still the first length
+    call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=9")  # once more: still the first length
     assert seen == [0, 0, 0, 1] + [1] * 5
     assert curve(tmp_path, "lr")[4:].tolist() == [pytest.approx(1e-3)] * 5
 
@@ -429,7 +436,7 @@ def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, ca
 
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    for n, cut in enumerate((2, 4)):                                     # in the middle, and at the very end
+    for n, cut in enumerate((2, 4)):  # in the middle, and at the very end
         calls, evaluate = [], train.evaluate
         out = tmp_path / f"cut{n}"
 
@@ -442,14 +449,18 @@ def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, ca
         assert common.load_checkpoint(out / "ckpt.pt")[1]["step"] == cut
         call(monkeypatch, "--resume", out / "ckpt.pt")
         model, meta = common.load_checkpoint(out / "ckpt.pt")
-        assert same(model, whole) and meta["best_loss"] == common.load_checkpoint(tmp_path / "whole/ckpt.pt")[1]["best_loss"]
-        assert [r["val"] for r in log_rows(out) if "val" in r] == [r["val"] for r in log_rows(tmp_path / "whole") if "val" in r]
+        end = common.load_checkpoint(tmp_path / "whole/ckpt.pt")[1]
+        assert same(model, whole) and meta["best_loss"] == end["best_loss"]
+        found, want = log_rows(out), log_rows(tmp_path / "whole")
+        assert [r["val"] for r in found if "val" in r] == [r["val"] for r in want if "val" in r]
         assert (out / "best.pt").exists() and "AR" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"optimizer": {"state": {}, "param_groups": []}}, "no optimizer state"), ({"optimizer": {}}, "no optimizer state"),
-    ({"train_config": {"clip_apart": True}}, "--clip_apart True"), ({"train_config": {"kl_grad": "heads"}}, "--kl_grad heads"),
+    ({"optimizer": {"state": {}, "param_groups": []}}, "no optimizer state"),
+    ({"optimizer": {}}, "no optimizer state"),
+    ({"train_config": {"clip_apart": True}}, "--clip_apart True"),
+    ({"train_config": {"kl_grad": "heads"}}, "--kl_grad heads"),
 ])
 def test_what_can_not_be_resumed_exactly(data, tmp_path, monkeypatch, change, message):
     fit(config(data, tmp_path, steps=2))
@@ -508,7 +519,7 @@ def test_two_processes_equal_one(two_processes, data, tmp_path):
     assert process.returncode == 0, said
     whole = config(data, tmp_path, **DDP)
     assert largest_gap(fit(whole), common.load_checkpoint(out / "ckpt.pt")[0]) < 1e-9
-    for key in ("loss", "ce", "kl"):                                     # the mean over both, not rank 0's own windows
+    for key in ("loss", "ce", "kl"):  # the mean over both, not rank 0's own windows
         torch.testing.assert_close(curve(out, key), curve(tmp_path, key), rtol=0, atol=1e-9)
     assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3] and said.count("bits per byte") == 1
 
@@ -535,13 +546,14 @@ def test_an_error_that_all_processes_find_is_shown_by_one(monkeypatch):
 
 
 def launch(data, out, **changes):
-    """two processes that train together; begun early and read late, for it takes a while to import torch"""
+    """two processes that train together; begun early and read late: importing torch takes a while"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     argv = [sys.executable, __file__, *flags(data, out, **{**DDP, "micro_batch": 2, **changes})]
-    return subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -601,24 +613,32 @@ def test_weights_of_the_heads():
 
 
 @pytest.mark.parametrize("given,message", [
-    ({"preset": "huge"}, "--preset is 'huge'; it must be one of tiny"), ({"kl": "js"}, "--kl is 'js'; it must be one of forward"),
-    ({"compile": "yes"}, "--compile"), ({"dtype": "float8"}, "--dtype"),
-    ({"steps": -1}, "--steps is -1"), ({"steps": 0}, "--steps"), ({"batch_size": 0}, "--batch_size is 0"),
-    ({"eval_every": 0}, "--eval_every"), ({"eval_windows": 0}, "--eval_windows"), ({"log_every": 0}, "--log_every"),
-    ({"warmup": -1}, "--warmup"), ({"clip": -1.0}, "--clip"), ({"micro_batch": -1}, "--micro_batch"),
+    ({"preset": "huge"}, "--preset is 'huge'; it must be one of tiny"),
+    ({"kl": "js"}, "--kl is 'js'; it must be one of forward"), ({"compile": "yes"}, "--compile"),
+    ({"dtype": "float8"}, "--dtype"), ({"steps": -1}, "--steps is -1"), ({"steps": 0}, "--steps"),
+    ({"batch_size": 0}, "--batch_size is 0"), ({"eval_every": 0}, "--eval_every"),
+    ({"eval_windows": 0}, "--eval_windows"), ({"log_every": 0}, "--log_every"),
+    ({"warmup": -1}, "--warmup"), ({"clip": -1.0}, "--clip"),
+    ({"micro_batch": -1}, "--micro_batch"),
     ({"micro_batch": 3}, "--batch_size 8 .* --micro_batch 3"), ({"alpha": "a"}, "--alpha is 'a'"),
-    ({"alpha": "1,2,3"}, "--alpha is .*2 heads"), ({"beta": "-1"}, "--beta"), ({"beta": "nan"}, "--beta"),
-    ({"beta": "inf"}, "--beta"), ({"beta": ""}, "--beta"), ({"top_n": 0.0}, "--top_n is 0"), ({"top_n": 2.5}, "--top_n"),
-    ({"n_mtp": -1}, "n_mtp is -1|--alpha"), ({"n_head": 3}, "n_embd"), ({"n_mtp": 16}, "block_size"),
-    ({"kl_start": 75.0}, "--kl_start is 75.0; it must be at least 0 and at most 1"), ({"kl_start": -0.1}, "--kl_start"),
-    ({"kl_ramp": -1.0}, "--kl_ramp"), ({"kl_ramp": "nan"}, "--kl_ramp is nan; it must be a finite number"),
-    ({"min_lr": -1.0}, "--min_lr is -1.0"), ({"min_lr": "inf"}, "--min_lr is inf"), ({"min_lr": 1.5}, "--min_lr"),
-    ({"lr": -1.0}, "--lr"), ({"lr": "nan"}, "--lr is nan"), ({"weight_decay": -0.1}, "--weight_decay"),
-    ({"weight_decay": "inf"}, "--weight_decay"), ({"beta2": 1.0}, "--beta2 is 1.0; it must be at least 0 and below 1"),
-    ({"beta2": -0.1}, "--beta2"), ({"clip": "nan"}, "--clip"), ({"dropout": 1.0}, "--dropout"), ({"seed": -1}, "--seed"),
-    ({"embed_std": "nan"}, "--embed_std"), ({"embed_std": 0.0}, "--embed_std"), ({"top_n": "nan"}, "--top_n"),
-    ({"schedule_steps": -1}, "--schedule_steps"), ({"n_embd": 97}, "--n_embd is 97"), ({"n_layer": 0}, "--n_layer is 0"),
-    ({"data": ""}, "--data is empty"), ({"tokenizer": "bytes"}, "--tokenizer bytes has no effect.*already tokenized"),
+    ({"alpha": "1,2,3"}, "--alpha is .*2 heads"), ({"beta": "-1"}, "--beta"),
+    ({"beta": "nan"}, "--beta"), ({"beta": "inf"}, "--beta"), ({"beta": ""}, "--beta"),
+    ({"top_n": 0.0}, "--top_n is 0"), ({"top_n": 2.5}, "--top_n"),
+    ({"n_mtp": -1}, "n_mtp is -1|--alpha"), ({"n_head": 3}, "n_embd"),
+    ({"n_mtp": 16}, "block_size"),
+    ({"kl_start": 75.0}, "--kl_start is 75.0; it must be at least 0 and at most 1"),
+    ({"kl_start": -0.1}, "--kl_start"), ({"kl_ramp": -1.0}, "--kl_ramp"),
+    ({"kl_ramp": "nan"}, "--kl_ramp is nan; it must be a finite number"),
+    ({"min_lr": -1.0}, "--min_lr is -1.0"), ({"min_lr": "inf"}, "--min_lr is inf"),
+    ({"min_lr": 1.5}, "--min_lr"), ({"lr": -1.0}, "--lr"), ({"lr": "nan"}, "--lr is nan"),
+    ({"weight_decay": -0.1}, "--weight_decay"), ({"weight_decay": "inf"}, "--weight_decay"),
+    ({"beta2": 1.0}, "--beta2 is 1.0; it must be at least 0 and below 1"),
+    ({"beta2": -0.1}, "--beta2"), ({"clip": "nan"}, "--clip"), ({"dropout": 1.0}, "--dropout"),
+    ({"seed": -1}, "--seed"), ({"embed_std": "nan"}, "--embed_std"),
+    ({"embed_std": 0.0}, "--embed_std"), ({"top_n": "nan"}, "--top_n"),
+    ({"schedule_steps": -1}, "--schedule_steps"), ({"n_embd": 97}, "--n_embd is 97"),
+    ({"n_layer": 0}, "--n_layer is 0"), ({"data": ""}, "--data is empty"),
+    ({"tokenizer": "bytes"}, "--tokenizer bytes has no effect.*already tokenized"),
     ({"device": "banana"}, "--device"), ({"data": "no-such-text"}, "no-such-text"),
 ])
 def test_bad_flags(data, tmp_path, monkeypatch, given, message):
@@ -738,7 +758,7 @@ def test_a_loss_that_is_not_finite(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("eval_every", [1, 2, 3, 4])
 def test_a_diverged_model_is_never_saved(data, tmp_path, eval_every):
-    with pytest.raises(common.UserError, match="--lr"):                # be it a loss or an evaluation that shows it
+    with pytest.raises(common.UserError, match="--lr"):  # be it a loss or an evaluation that shows it
         fit(config(data, tmp_path, steps=8, lr=1e200, eval_every=eval_every))
     if (tmp_path / "ckpt.pt").exists():
         assert all(w.isfinite().all() for w in common.load_checkpoint(tmp_path / "ckpt.pt")[0].parameters())
@@ -846,7 +866,7 @@ def test_best_is_written_before_ckpt_says_so(data, tmp_path, monkeypatch):
     assert [(meta["step"], meta["best_loss"]) for meta in found.values()] == [(4, 5.0), (4, 5.0)]
 
 
-if __name__ == "__main__":                                               # launch(): as torchrun does
+if __name__ == "__main__":  # launch(): as torchrun does
     import torch.multiprocessing
     torch.set_num_threads(1)
     context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
