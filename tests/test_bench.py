@@ -1,4 +1,5 @@
 """results/bench.py: acceptance against a slow loop, its rows by a clock that counts, its flags."""
+import inspect
 import json
 import math
 import sys
@@ -158,11 +159,13 @@ def test_a_second_checkpoint_is_compared_with_one_head_of_the_first(folder, rows
 def test_repetitive_outputs_are_left_out_of_the_medians(rows, monkeypatch, tmp_path):
     for name, lines in (("both", "the cat\nand that"), ("second", "and that")):
         (tmp_path / name).write_text(lines, encoding="utf-8")
-    monkeypatch.setattr(bench, "loops", lambda ids: False)
+    lengths = []
+    monkeypatch.setattr(bench, "loops", lambda ids: lengths.append(len(ids)))
     names = "tokens_per_forward", "car", "speedup"
     second = column(rows(prompts=tmp_path / "second")[:3], *names)
     both = column(rows(prompts=tmp_path / "both")[:3], *names)
-    answers = iter([True, False] * 2)                          # for two temperatures
+    assert lengths == [FLAGS["tokens"]] * 6  # of one prompt and two, at two temperatures
+    answers = iter([True, False] * 2)
     monkeypatch.setattr(bench, "loops", lambda ids: next(answers))
     table = rows(prompts=tmp_path / "both")[:3]
     assert column(table, *names) == second != both
@@ -188,13 +191,24 @@ def test_each_flag_changes_the_rows(folder, rows, name):
     assert all(row["batch"] == (2 if name == "batch" else 1) for row in got)
     if name == "heads":
         assert column(got, "heads") == [[0], [2]] * 2
-    if name in ("accept", "draft_vocab"):  # in the rounds and in the teacher-forced rates
-        assert column(sampled, "tokens_per_forward") != column(base_rows[3:], "tokens_per_forward")
-        assert column(sampled, "ar") != column(base_rows[3:], "ar")
     if name == "top_k":  # the most likely token alone is greedy
         assert column(sampled, *counts) == column(greedy, *counts) == column(base_rows[:3], *counts)
     else:
         assert column(sampled, *counts) != column(greedy, *counts)
+
+
+def test_the_teacher_forced_acceptance_is_that_of_the_rounds(rows, monkeypatch):
+    asked = []
+    measure = bench.text_acceptance
+    names = "temperature", "top_k", "accept", "draft_vocab"
+
+    def spy(*args, **options):
+        given = inspect.signature(measure).bind(*args, **options).arguments
+        asked.append([given[name] for name in names])
+        return measure(*args, **options)
+    monkeypatch.setattr(bench, "text_acceptance", spy)
+    rows(top_k=3, accept="match", draft_vocab=100, count=1)
+    assert asked == [[0.0, 3, "match", 100], [1.0, 3, "match", 100]]
 
 
 @pytest.mark.parametrize("data", TEXTS)
