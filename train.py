@@ -41,8 +41,8 @@ from model import GPT, GPTConfig
 @dataclass
 class TrainConfig:
     preset: str = knob("", "tiny | small | shakespeare | gpt2; empty: small with CUDA, else tiny")
-    data: str = knob("stories", "a data-set folder, or a source or path for data/prepare.py")
-    tokenizer: str = knob("", "bytes | bpe:N | gpt2; empty: the source's usual one")
+    data: str = knob("stories", "a dataset folder, or a source or path for data/prepare.py")
+    tokenizer: str = knob("", "bytes | bpe:N | gpt2; default: the source's standard tokenizer")
     out: str = knob("", "folder for ckpt.pt and log.jsonl; empty: out/PRESET")
     # model
     n_layer: int = knob(6, "transformer blocks in the trunk")
