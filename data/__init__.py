@@ -1,1 +1,1 @@
-# an empty module: it makes this folder, not an installed package named data, answer to `import data`
+# empty: with it this folder, not an installed package named data, answers to `import data`

@@ -1,4 +1,4 @@
-"""data/prepare.py: tokenizers, the trainer against a slow one, sources, splits, downloads from a local server, bad input."""
+"""data/prepare.py, dataset.py, download.py: sources, splits, downloads from a local server, bad input."""
 import gzip
 import hashlib
 import http.server
@@ -8,21 +8,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter
-from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data import dataset
 from data import download as D
 from data import prepare as P
-from data.prepare import Tokenizer, load_dataset, prepare, train_bpe  # noqa: F401  (the names that scripts import)
-from data.tokenizer import PATTERN, bpe_spec
+from data import tokenizer as tokenizer_module
+from data.prepare import Tokenizer, load_dataset, prepare, train_bpe  # noqa: F401 (for scripts)
+from data.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
-LOCAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # optional: real texts and GPT-2's files, if present
-TEXT = "def f(x):\n    return x + 1\n\n\nfor i in range(10):\n    if f(i) > 3:\n        print('café', i)\r\n\tdone 12345 !!\n"
 
 
 def documents(count):
@@ -38,103 +36,7 @@ def as_text(ids, meta):
     return P.Tokenizer(meta["tokenizer"]).decode(ids.tolist())
 
 
-# -- tokenizers
-
-def slow_bpe(text, vocab_size):
-    # the definition: count every pair of every piece anew, merge the first, repeat
-    import regex
-    pieces = [[bytes([b]) for b in piece.encode()] for piece in regex.findall(PATTERN, text)]
-    ranks = [bytes([b]) for b in range(256)]
-    while len(ranks) < vocab_size - 1:
-        counts = Counter(pair for piece in pieces for pair in pairwise(piece))
-        if not counts or max(counts.values()) < 2:
-            break
-        pair = min(counts, key=lambda pair: (-counts[pair], pair))
-        for piece in pieces:
-            i = 0
-            while i + 1 < len(piece):
-                if (piece[i], piece[i + 1]) == pair:
-                    piece[i:i + 2] = [pair[0] + pair[1]]
-                i += 1
-        ranks.append(pair[0] + pair[1])
-    return ranks
-
-
-@pytest.mark.parametrize("text", [TEXT * 2, "aaaa aaaaa aaa abcabc bcabcab ab abc aaa" * 3,
-                                  Path(P.__file__).read_text(encoding="utf-8")[:5000]])
-def test_trainer_agrees_with_the_slow_definition(text):
-    ranks = P.train_bpe([text], 420)
-    assert ranks == slow_bpe(text, 420) and len(set(ranks)) == len(ranks)
-
-
-def test_trainer_sizes():
-    assert len(P.train_bpe([TEXT * 3], 257)) == 256
-    assert len(P.train_bpe([TEXT * 3], 300)) == 299
-    assert len(P.train_bpe(["ab ab"], 300)) == 257 and P.train_bpe(["ab ab"], 300)[-1] == b"ab"  # no other pair occurs twice
-
-
-def test_bpe_compresses_and_indentation_is_one_token():
-    tokenizer = P.Tokenizer(bpe_spec(P.train_bpe([TEXT * 3], 320)))
-    assert len(tokenizer.encode(TEXT)) < 0.7 * len(TEXT)
-    ids = tokenizer.encode(":\n        print")
-    assert b"\n        " in [tokenizer.token_bytes(i) for i in ids]
-
-
-def tokenizer_of(kind, monkeypatch):
-    if kind == "gpt2":
-        if not (LOCAL_DATA / "tiktoken").is_dir() and not os.environ.get("TIKTOKEN_CACHE_DIR"):
-            pytest.skip("GPT-2's files are not on this machine")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(LOCAL_DATA / "tiktoken")))
-        return P.Tokenizer({"kind": "gpt2"})
-    return P.Tokenizer({"kind": "bytes"} if kind == "bytes" else bpe_spec(P.train_bpe([TEXT * 3], 400)))
-
-
-@pytest.mark.parametrize("kind,vocab_size", [("bytes", 257), ("bpe", None), ("gpt2", 50257)])
-def test_tokenizer_round_trip(kind, vocab_size, monkeypatch):
-    tokenizer = tokenizer_of(kind, monkeypatch)
-    assert tokenizer.vocab_size == (vocab_size or len(tokenizer.spec["ranks"]) + 1)
-    assert tokenizer.eot == tokenizer.vocab_size - 1
-    every = "".join(chr(c) for c in range(0x3000) if not 0xD800 <= c < 0xE000) + "日本語 🙂 한국어 e\u0301 \U0010ffff"
-    for text in ["", TEXT, every, "<|endoftext|>", " " * 500 + "x" * 500 + "\n" * 300 + "-" * 300, "\r\n \r\n\t\x1c\x85 \u2028"]:
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert b"".join(tokenizer.token_bytes(i) for i in ids) == text.encode()
-        assert tokenizer.eot not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
-    assert tokenizer.encode_batch([TEXT, "", every]) == [tokenizer.encode(TEXT), [], tokenizer.encode(every)]
-    assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
-    assert tokenizer.decode([tokenizer.vocab_size + 5]) == "\ufffd"
-    half = next(i for i in range(256) if tokenizer.token_bytes(i) == "é".encode()[:1])
-    assert tokenizer.decode([half]) == "\ufffd"
-    for call in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
-        with pytest.raises(ValueError, match="position 1: surrogates not allowed"):
-            call("a\ud800b")
-    for bad in (-1, tokenizer.vocab_size):
-        with pytest.raises(ValueError, match="outside the vocabulary"):
-            tokenizer.token_bytes(bad)
-    # the spec survives JSON, and pieces of a long text join to what the whole text gives
-    again = P.Tokenizer(json.loads(json.dumps(tokenizer.spec)))
-    text = "".join(f"line {i} of a ({i % 13}) long text.   \n\n\t{'  ' * (i % 5)}end{i}\r\n" for i in range(12000))
-    pieces = P.PIECE.findall(text)
-    assert len(pieces) > 1 and "".join(pieces) == text
-    assert all(after[0] in "\r\n" and not before[-1].isspace() for before, after in pairwise(pieces))
-    assert list(chain(*again.encode_batch(pieces))) == tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("spec", [None, {}, {"kind": "words"}, {"kind": "bpe", "pattern": ".", "ranks": ["YQ=="]},
-                                  {"kind": "bpe", "pattern": ".", "ranks": ["YQ=="] * 256}])
-def test_bad_spec(spec):
-    with pytest.raises(ValueError, match="unknown tokenizer|damaged"):
-        P.Tokenizer(spec)
-
-
-def test_gpt2_out_of_reach(monkeypatch):
-    import tiktoken
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ConnectionError, match=r"TIKTOKEN_CACHE_DIR.*bytes.*bpe:N"):
-        P.Tokenizer({"kind": "gpt2"})
-
-
-# -- data sets
+# -- datasets
 
 def test_documents_are_split_by_their_own_text(tmp_path):
     texts = documents(200)
@@ -167,6 +69,30 @@ def test_few_documents_fall_back_to_position(tmp_path):
     assert meta["sha256"] == hashlib.sha256("<|endoftext|>\n".join(texts).encode()).hexdigest()
 
 
+def unequal(sizes, for_val):
+    """Documents of these sizes; only those of for_val have a hash that is for validation."""
+    texts = []
+    for size in sizes:
+        number = 0
+        while P.is_val(f"{number} ".ljust(size, "x")) != (size in for_val):
+            number += 1
+        texts.append(f"{number} ".ljust(size, "x"))
+    return texts
+
+
+@pytest.mark.parametrize("for_val,rule", [
+    ((16,), "position"), ((20_000,), "position"), ((2_000,), "document"), ((), "position"),
+])
+def test_an_unfair_split_falls_back_to_position(tmp_path, capsys, for_val, rule):
+    texts = unequal((40_000, 20_000, 2_000, 16), for_val)
+    folder = P.prepare(write_jsonl(tmp_path / "a.jsonl", texts), "bytes", tmp_path / "out")
+    train, val, meta = P.load_dataset(folder)
+    assert meta["split"] == f"by {rule}"
+    assert ("split by position, the last 10 %" in capsys.readouterr().out) == (rule == "position")
+    expected = 0.1 if rule == "position" else 2_000 / 62_016
+    assert len(val) / (len(train) + len(val)) == pytest.approx(expected, rel=0.01)
+
+
 def test_separators_val_and_compression(tmp_path):
     source = "first\n<|endoftext|>\nsecond <|endoftext|> inline\n<|endoftext|>\r\n\n<|endoftext|>\nthird"
     with lzma.open(tmp_path / "a.train.txt.xz", "wb") as file:
@@ -188,6 +114,33 @@ def test_folder_is_read_in_order(tmp_path):
     assert list(P.read_source(tmp_path / "in", set())) == ["one", "two", "three", "four"]
 
 
+def test_what_a_folder_hides_is_left_out(tmp_path):
+    root = tmp_path / "in"
+    for name in ("a.txt", ".hidden.txt", "._a.txt", ".git/b.txt", "c/.d/e.txt", "g.tar.gz", "h.zip"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name, encoding="utf-8")
+    (root / "c" / "f.JSONL").write_text('{"text": "rows"}', encoding="utf-8")
+    (root / "link.txt").symlink_to(tmp_path / "nothing")
+    (root / "loop").symlink_to(root)
+    (root / "folder.txt").mkdir()
+    assert list(P.read_source(root, set())) == ["a.txt", "rows"]
+    P.prepare(root, "bytes", tmp_path / "out", quiet=True)
+
+
+def test_the_folder_of_a_text_has_its_name_and_stamp(tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "HERE", tmp_path / "data")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("some text " * 20, encoding="utf-8")
+    (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "nothing")
+    folder = P.find_dataset(str(tmp_path / "in"), "bytes")
+    (tmp_path / "in" / ".swap").write_text("an editor's", encoding="utf-8")  # no part of the text
+    assert P.find_dataset(str(tmp_path / "in"), "bytes") == folder
+    (tmp_path / "in" / "b.txt").write_text("more", encoding="utf-8")
+    assert P.find_dataset(str(tmp_path / "in"), "bytes") != folder
+    with pytest.raises(UserError, match="no data is named"):
+        P.find_dataset("")
+
+
 def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, monkeypatch):
     root = tmp_path / "lib"
     for name in ("z.py", "a/b.py", "a-b.py", "test/t.py", "a/tests/t.py", "site-packages/p.py", "encodings/x.py",
@@ -196,10 +149,12 @@ def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, mon
         (root / name).write_bytes(name.encode() + b"\r\n")
     (root / "latin.py").write_bytes(b"# caf\xe9")
     (root / "empty.py").write_bytes(b"")
+    (root / ".#lock.py").symlink_to(tmp_path / "nothing")  # an editor's
+    (root / "folder.py").mkdir()
     monkeypatch.setattr(P.sysconfig, "get_path", lambda name: str(root))
     skipped = set()
     assert list(P.read_source("python", skipped)) == ["a-b.py\r\n", "a/b.py\r\n", "z.py\r\n"]
-    assert skipped == {root / "latin.py"}
+    assert skipped == {root / "latin.py", root / ".#lock.py", root / "folder.py"}
 
 
 def test_summary_counts_skipped_python_files(tmp_path, monkeypatch, capsys):
@@ -238,9 +193,8 @@ def test_text_larger_than_a_batch(tmp_path):
 
 
 def test_shakespeare_by_position(tmp_path, monkeypatch):
-    if not (LOCAL_DATA / "tinyshakespeare.txt").is_file():
-        pytest.skip("tinyshakespeare.txt is not on this machine")
-    monkeypatch.setattr(D, "DOWNLOADS", LOCAL_DATA)  # the file is there, so no network is used
+    if not (D.DOWNLOADS / "tinyshakespeare.txt").is_file():
+        pytest.skip("run `python data/prepare.py shakespeare` once to run this")
     monkeypatch.setattr(D.urllib.request, "urlopen", None)
     train, val, meta = P.load_dataset(P.prepare("shakespeare", out=tmp_path / "s", quiet=True))
     assert (len(train), len(val)) == (1_003_854, 111_540) and meta["sha256"] == D.SHAKESPEARE_SHA256
@@ -283,42 +237,98 @@ def edit_meta(folder, **changes):
     (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if v != "gone"}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("damage,error,message", [
-    (lambda f: (f / "meta.json").unlink(), FileNotFoundError, "meta.json is missing"),
-    (lambda f: (f / "meta.json").write_text("{", encoding="utf-8"), ValueError, "can't be used"),
-    (lambda f: (f / "meta.json").write_text("3", encoding="utf-8"), ValueError, "can't be used"),
-    (lambda f: edit_meta(f, sha256="gone", eot="gone"), ValueError, "lacks eot, sha256"),
-    (lambda f: (f / "val.bin").unlink(), FileNotFoundError, "val.bin is missing"),
-    (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "tokenizer.json is missing"),
-    (lambda f: os.truncate(f / "train.bin", 100), ValueError, "has 100 bytes, but meta.json tells"),
-    (lambda f: edit_meta(f, vocab_size=200), ValueError, "holds the id .* has 200"),
+def write_id(folder, name, id):
+    with open(folder / f"{name}.bin", "r+b") as file:
+        file.write(np.array([id], dtype="<u2").tobytes())
+
+
+def write_meta(folder, text):
+    (folder / "meta.json").write_text(text, encoding="utf-8")
+
+
+def edit_tokenizer(folder, **changes):
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps({**spec, **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda f: (f / "meta.json").unlink(), "not a complete dataset: meta.json is missing"),
+    (lambda f: write_meta(f, "{"), "meta.json is damaged"),
+    (lambda f: write_meta(f, "3"), "meta.json is damaged .it holds 3"),
+    (lambda f: write_meta(f, "[" * 100_000), "meta.json is damaged"),
+    (lambda f: write_meta(f, '{"a":' * 100_000), "meta.json is damaged"),
+    (lambda f: (f / "meta.json").write_bytes(b"\xff\xfe{"), "meta.json is damaged"),
+    (lambda f: edit_meta(f, sha256="gone", eot="gone"), "lacks eot, sha256"),
+    (lambda f: edit_meta(f, val_bytes="x"), "says 'x' for val_bytes, expected a int"),
+    (lambda f: edit_meta(f, val_bytes=0), "says 0 for val_bytes"),
+    (lambda f: edit_meta(f, train_tokens=None), "says None for train_tokens"),
+    (lambda f: edit_meta(f, train_tokens=True), "says True for train_tokens"),
+    (lambda f: edit_meta(f, val_tokens=1.5), "says 1.5 for val_tokens"),
+    (lambda f: edit_meta(f, vocab_size=-1), "says -1 for vocab_size"),
+    (lambda f: edit_meta(f, source=["a"]), "for source, expected a str"),
+    (lambda f: edit_meta(f, tokenizer="file"), "says 'file' for tokenizer"),
+    (lambda f: edit_meta(f, tokenizer={"file": 3}), "3 is missing"),
+    (lambda f: edit_meta(f, tokenizer={"kind": "words"}), "unknown tokenizer"),
+    (lambda f: edit_meta(f, vocab_size=999), "says 999 ids .* tokenizer has 280"),
+    (lambda f: edit_meta(f, eot=5), "end-of-text 5, .* with 279"),
+    (lambda f: (f / "val.bin").unlink(), "val.bin is missing"),
+    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    (lambda f: (f / "tokenizer.json").write_text("{}", encoding="utf-8"), "unknown tokenizer"),
+    (lambda f: edit_tokenizer(f, pattern="("), "vocabulary is damaged"),
+    (lambda f: edit_tokenizer(f, ranks=["YQ=="]), "vocabulary is damaged"),
+    (lambda f: os.truncate(f / "train.bin", 100), "has 100 bytes, but meta.json says"),
+    (lambda f: write_id(f, "train", 300), "train.bin holds the id 300, but the vocabulary has 280"),
+    (lambda f: write_id(f, "val", 65535), "val.bin holds the id 65535"),
 ])
-def test_load_refuses_a_damaged_data_set(good, damage, error, message):
+def test_load_refuses_a_damaged_dataset(good, damage, message):
     P.load_dataset(good)
     damage(good)
-    with pytest.raises(error, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         P.load_dataset(good)
+    assert str(good) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dataset_is_opened_only_with_its_tokenizer(good, monkeypatch):
+    import tiktoken
+
+    def no_network(name):
+        raise OSError("no network")
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    edit_meta(good, tokenizer={"kind": "gpt2"}, vocab_size=50257, eot=50256)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):  # before a training, not after it
+        P.load_dataset(good)
+
+
+def test_only_large_sets_are_mapped(good, monkeypatch):
+    train, val, meta = P.load_dataset(good)
+    os.truncate(good / "train.bin", 10)  # a mapped file would end the process here
+    assert not isinstance(train, np.memmap)
+    assert train.max() < meta["vocab_size"] and len(train) == meta["train_tokens"]
+    P.prepare(good.with_name("good.jsonl"), "bytes", good, quiet=True)
+    monkeypatch.setattr(dataset, "IN_MEMORY", 100)
+    train, val, meta = P.load_dataset(good)
+    assert isinstance(train, np.memmap) and len(train) == meta["train_tokens"]
 
 
 @pytest.mark.parametrize("name,content,message", [
     ("a.txt", b"", "no text"),
     ("a.txt", b" \n\t\n", "no text"),
     ("a.txt", b"x", "too short"),
-    ("a.txt", b"good\n<|endoftext|>\nbad \xff here", r"a\.txt is not UTF-8: byte 23 is 0xff"),
+    ("a.txt", b"good\n<|endoftext|>\nbad \xff here", r"a\.txt is not UTF-8: line 3, byte 5 is 0xff"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a\.jsonl, line 2: expected .*text"),
     ("a.jsonl", b'{"text": 3}\n', "line 1"),
     ("a.jsonl", b"[]\n", "line 1"),
     ("a.jsonl", b"{text}\n", "line 1"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1.*surrogate"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xfe"}\n', "byte 24 is 0xfe"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xfe"}\n', "line 2, byte 11 is 0xfe"),
     ("a.txt.xz", b"not packed", "damaged"),
     ("a.txt.gz", b"not packed", "damaged"),
 ])
-def test_bad_text_leaves_nothing_and_the_old_data_set(tmp_path, good, name, content, message):
+def test_bad_text_leaves_nothing_and_the_old_dataset(tmp_path, good, name, content, message):
     (tmp_path / name).write_bytes(content)
     before = {file.name: file.read_bytes() for file in good.iterdir()}
     listing = sorted(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         P.prepare(tmp_path / name, "bytes", good, quiet=True)
     assert sorted(tmp_path.iterdir()) == listing
     assert {file.name: file.read_bytes() for file in good.iterdir()} == before
@@ -332,19 +342,19 @@ def test_bad_text_leaves_nothing_and_the_old_data_set(tmp_path, good, name, cont
     ({"source": "fineweb-edu", "tokenizer": "bytes"}, "gpt2"), ({"sample_mb": 0}, "sample_mb"),
 ])
 def test_bad_arguments(tmp_path, arguments, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         P.prepare(**{"out": tmp_path / "out", "quiet": True, **arguments})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path, good):
     (good / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"other files \(thesis.txt\)"):
+    with pytest.raises(UserError, match=r"other files \(thesis.txt\)"):
         P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
     assert (good / "thesis.txt").exists()
 
 
-def test_interruption_keeps_the_old_data_set(tmp_path, good, monkeypatch):
+def test_interruption_keeps_the_old_dataset(tmp_path, good, monkeypatch):
     before, listing = (good / "meta.json").read_bytes(), sorted(tmp_path.iterdir())
 
     def interrupt(*arguments):
@@ -368,6 +378,68 @@ def test_a_failed_rename_rolls_back(tmp_path, good, monkeypatch):
     assert (good / "meta.json").read_bytes() == before and not list(tmp_path.glob("*.old*")) + list(tmp_path.glob("*.part*"))
 
 
+def test_a_text_that_grows_between_the_passes_is_noticed(tmp_path, good, monkeypatch):
+    before = (good / "meta.json").read_bytes()
+    path = write_jsonl(tmp_path / "log.jsonl", documents(60))
+
+    def train_while_it_grows(texts, *arguments):
+        ranks = train_bpe(texts, *arguments)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write('{"text": "one more"}\n')
+        return ranks
+    monkeypatch.setattr(P, "train_bpe", train_while_it_grows)
+    with pytest.raises(UserError, match="log.jsonl changed while it was read"):
+        P.prepare(path, "bpe:300", good, quiet=True)
+    assert (good / "meta.json").read_bytes() == before
+
+
+def no_such_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a day must pass: see is_running")
+def test_what_killed_runs_left_is_cleared(tmp_path, good):
+    gone = no_such_process()
+    kept = [f"good.part-{os.getppid()}", f"other.part-{gone}", "good.part-x", "good.part-1x"]
+    for name in [f"good.part-{gone}", f"good.old-{gone}", *kept]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.bin").write_bytes(b"half")
+    thesis = tmp_path / f"good.part-{gone}0"
+    thesis.mkdir()
+    (thesis / "thesis.txt").write_text("years of work", encoding="utf-8")
+    P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    left = {path.name for path in tmp_path.iterdir()} - {"good", "good.jsonl"}
+    assert left == {*kept, thesis.name}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="as above")
+def test_killed_while_the_old_dataset_was_aside(tmp_path, good):
+    before = (good / "meta.json").read_bytes()
+    os.replace(good, tmp_path / f"good.old-{no_such_process()}")
+    with pytest.raises(UserError, match="no text"):
+        (tmp_path / "empty.txt").write_bytes(b"")
+        P.prepare(tmp_path / "empty.txt", "bytes", good, quiet=True)
+    assert (good / "meta.json").read_bytes() == before
+
+
+def test_an_out_that_can_not_be_replaced_fails_before_the_work(tmp_path, good, monkeypatch):
+    listing = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(P, "read_documents", None)  # the work
+    with pytest.raises(UserError, match="good.jsonl is a file: choose another folder"):
+        P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path / "good.jsonl", quiet=True)
+    with pytest.raises(UserError, match="can't make or replace .*choose another folder"):
+        P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path / "good.jsonl" / "out", quiet=True)
+
+    def mount_point(source, target):
+        raise OSError(16, "Device or resource busy", str(source))
+    monkeypatch.setattr(os, "replace", mount_point)
+    with pytest.raises(UserError, match="can't make or replace .*good .Device or resource busy"):
+        P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    assert sorted(tmp_path.iterdir()) == listing
+
+
 def test_prepare_again_replaces(tmp_path, good):
     P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
     assert P.load_dataset(good)[2]["vocab_size"] == 257 and not (good / "tokenizer.json").exists()
@@ -384,10 +456,39 @@ def test_command_line(tmp_path):
     assert done.returncode == 0 and "bytes per token" in done.stdout and "sha256" in done.stdout, done.stderr
     assert P.load_dataset(tmp_path / "made")[2]["source"] == "a.jsonl"
     bad = run("missing.txt")
-    assert bad.returncode == 1 and bad.stderr.startswith("prepare.py: 'missing.txt' is no source")
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("prepare.py: 'missing.txt' is neither a known source nor an existing")
     assert bad.stderr.count("\n") == 1
+    (tmp_path / "bad.jsonl").write_text("null", encoding="utf-8")
+    for arguments in (["bad.jsonl"], ["a.jsonl", "--tokenizer", "x"], ["a.jsonl", "--val", "gone"], [""]):
+        bad = run(*arguments, "--out", "made")
+        assert bad.returncode == 1 and "Traceback" not in bad.stderr
+        assert bad.stderr.splitlines()[-1].startswith("prepare.py: ")
     usage = run("-h")
     assert usage.returncode == 0 and all(flag in usage.stdout for flag in ("--shards", "--val", "--sample_mb", "bpe:2048"))
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
+    def mistake(**arguments):
+        return [][0]
+    monkeypatch.setattr(P, "prepare", mistake)
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    with pytest.raises(IndexError):
+        P.main()
+    for error, shown in [(UserError("no text"), "prepare.py: no text"),
+                         (KeyboardInterrupt(), "interrupted"),
+                         (PermissionError(13, "Permission denied", "x.txt"), "x.txt")]:
+        def fail(**arguments):
+            raise error
+        monkeypatch.setattr(P, "prepare", fail)
+        with pytest.raises(SystemExit, match=shown):
+            P.main()
+
+    def wrong(**arguments):
+        raise ValueError("mtp_loss returns two values")
+    monkeypatch.setattr(P, "prepare", wrong)
+    with pytest.raises(ValueError, match="two values"):
+        P.main()
 
 
 # -- downloads, from a server of our own
@@ -435,12 +536,19 @@ def shard(ids, count=None):
     return header.tobytes() + np.array(ids, dtype="<u2").tobytes()
 
 
+def must_hold(body):
+    def check(file):
+        if file.read_bytes() != body:
+            raise UserError("another text")
+    return check
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_download_resumes(server, tmp_path, ranges):
     body = os.urandom(5000)
     server.files["/f"], server.ranges, server.break_after = body, ranges, 2000
-    path, check = tmp_path / "f", (lambda file: None)
-    with pytest.raises(ConnectionError, match="can't download .*Run the same command again"):
+    path, check = tmp_path / "f", must_hold(body)
+    with pytest.raises(UserError, match="can't download .*Run the same command again"):
         D.download(server.url + "f", path, check, quiet=True)
     assert not path.exists() and (tmp_path / "f.part").read_bytes() == body[:2000]
     server.break_after = 1 << 30
@@ -451,10 +559,18 @@ def test_download_resumes(server, tmp_path, ranges):
 def test_a_stale_part_is_dropped(server, tmp_path):
     server.files["/f"] = b"short"
     (tmp_path / "f.part").write_bytes(b"longer than the file")
-    with pytest.raises(ConnectionError, match="416"):
-        D.download(server.url + "f", tmp_path / "f", lambda file: None, quiet=True)
-    D.download(server.url + "f", tmp_path / "f", lambda file: None, quiet=True)
+    with pytest.raises(UserError, match="416"):
+        D.download(server.url + "f", tmp_path / "f", must_hold(b"short"), quiet=True)
+    D.download(server.url + "f", tmp_path / "f", must_hold(b"short"), quiet=True)
     assert (tmp_path / "f").read_bytes() == b"short"
+
+
+def test_a_complete_part_is_kept(server, tmp_path):
+    # killed between the last byte and the rename: nothing is left to ask a server for
+    (tmp_path / "f.part").write_bytes(b"all of it")
+    D.download(server.url + "f", tmp_path / "f", must_hold(b"all of it"), quiet=True)
+    assert (tmp_path / "f").read_bytes() == b"all of it" and not (tmp_path / "f.part").exists()
+    assert not server.requests
 
 
 def test_shakespeare_download(server, tmp_path, monkeypatch):
@@ -462,7 +578,7 @@ def test_shakespeare_download(server, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "SHAKESPEARE_URL", server.url + "input.txt")
     monkeypatch.setattr(D, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
     server.files["/input.txt"] = b"<html>sign in to this hotel's network</html>"
-    with pytest.raises(ValueError, match="something else .its sha256 is .*place the right file"):
+    with pytest.raises(UserError, match="something else .its sha256 is .*place the right file"):
         P.prepare("shakespeare", out=tmp_path / "s", quiet=True)
     assert not list(D.DOWNLOADS.iterdir()) and not (tmp_path / "s").exists()
     server.files["/input.txt"] = text
@@ -475,26 +591,36 @@ def test_shakespeare_download(server, tmp_path, monkeypatch):
 def test_a_damaged_download_is_fetched_anew(server, tmp_path):
     server.files["/f"] = b"right"
     (tmp_path / "f").write_bytes(b"wrong")
-
-    def check(file):
-        if file.read_bytes() != b"right":
-            raise ValueError
     for _ in range(2):
-        D.download(server.url + "f", tmp_path / "f", check, quiet=True)
+        D.download(server.url + "f", tmp_path / "f", must_hold(b"right"), quiet=True)
     assert (tmp_path / "f").read_bytes() == b"right" and len(server.requests) == 1
 
 
 def test_offline(server, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")  # nobody listens there
-    with pytest.raises(ConnectionError, match=r"tinyshakespeare.txt by hand.*prepare.py python"):
+    with pytest.raises(UserError, match=r"tinyshakespeare.txt by hand.*prepare.py. .stories"):
         P.prepare("shakespeare", out=tmp_path / "s", quiet=True)
     monkeypatch.setattr(D, "SHAKESPEARE_URL", server.url + "nothing")
-    with pytest.raises(ConnectionError, match="HTTP Error 404"):
+    with pytest.raises(UserError, match="HTTP Error 404"):
         P.prepare("shakespeare", out=tmp_path / "s", quiet=True)
     assert not list(D.DOWNLOADS.iterdir())
 
 
+def gpt2_tokenizer():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("set TIKTOKEN_CACHE_DIR to a folder with GPT-2's files to run this")
+    return P.Tokenizer({"kind": "gpt2"})
+
+
+class NoGPT2:  # of the vocabulary's size; one byte for each id
+    eot_token = 50256
+
+    def decode_single_token_bytes(self, id):
+        return b"x"
+
+
 def test_fineweb_shards(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "load_gpt2", NoGPT2)
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
     contents = {"val_000000": [50256, 1, 2, 3], "train_000001": [50256, 4, 5], "train_000002": [50256, 6, 50256, 7]}
     server.files = {f"/finewebedu_{name}.bin": shard(ids) for name, ids in contents.items()}
@@ -508,7 +634,7 @@ def test_fineweb_shards(server, tmp_path, monkeypatch):
 
 
 def test_fineweb_byte_counts(server, tmp_path, monkeypatch):
-    gpt2 = tokenizer_of("gpt2", monkeypatch)
+    gpt2 = gpt2_tokenizer()
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
     ids = [gpt2.eot, *gpt2.encode("a café\n")]
     server.files = {f"/finewebedu_{name}.bin": shard(ids) for name in ("val_000000", "train_000001")}
@@ -521,7 +647,7 @@ def test_fineweb_byte_counts(server, tmp_path, monkeypatch):
 def test_a_wrong_shard_is_never_kept(server, tmp_path, monkeypatch, body):
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
     server.files = {"/finewebedu_val_000000.bin": body}
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(UserError, match="something else"):
         P.prepare("fineweb-edu", out=tmp_path / "f", quiet=True)
     assert not list(D.DOWNLOADS.iterdir()) and not (tmp_path / "f").exists()
 
@@ -529,6 +655,6 @@ def test_a_wrong_shard_is_never_kept(server, tmp_path, monkeypatch, body):
 def test_a_shard_with_foreign_ids(server, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
     server.files = {f"/finewebedu_{name}.bin": shard([1, 60000]) for name in ("val_000000", "train_000001")}
-    with pytest.raises(ValueError, match="holds the id 60000"):
+    with pytest.raises(UserError, match="holds the id 60000"):
         P.prepare("fineweb-edu", out=tmp_path / "f", quiet=True)
     assert not list(D.DOWNLOADS.iterdir()) and not (tmp_path / "f").exists()

@@ -662,7 +662,7 @@ def test_bad_data_sets(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds the id 300"):
         train.open_data(config(folder, tmp_path / "out"))
     (folder / "meta.json").unlink()
-    with pytest.raises(FileNotFoundError, match="meta.json is missing"):
+    with pytest.raises(ValueError, match="meta.json is missing"):
         train.open_data(config(folder, tmp_path / "out"))
 
 
