@@ -264,11 +264,11 @@ MUTATIONS = [
 
     # ---- results/bench.py
     ("the acceptance of a fixed draft is that of a sampled one, and the other way round", "results/bench.py",
-     'if accept == "residual" else a.gather', 'if accept != "residual" else a.gather',
-     ["test_bench.py::test_acceptance_when_sampling_equals_a_slow_loop"]),
+     '        if accept == "residual":\n', '        if accept != "residual":\n',
+     ["test_bench.py::test_acceptance_when_sampling_against_a_slow_loop"]),
     ("the predicted speedup is upside down", "results/bench.py",
-     "predicted_speedup=expected * step / whole", "predicted_speedup=expected * whole / step",
-     ["test_bench.py::test_what_the_numbers_of_a_row_have_to_do_with_each_other"]),
+     "predicted_speedup=expected * ms_step / ms_round", "predicted_speedup=expected * ms_round / ms_step",
+     ["test_bench.py::test_rows_with_a_clock_that_counts_forwards"]),
 
     # ---- extend.py and data/
     ("an extension replaces the checkpoint that it extends", "extend.py",
