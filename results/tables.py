@@ -15,8 +15,10 @@ def spread(values, scale=1, digits=3):
     """mean and half the range over seeds, as text"""
     if not values:
         return ""
-    half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values) * scale:.{digits}f}" + (f" ±{half * scale:.{digits}f}" if len(values) > 1 else "")
+    text = f"{statistics.mean(values) * scale:.{digits}f}"
+    if len(values) > 1:
+        text += f" ±{(max(values) - min(values)) / 2 * scale:.{digits}f}"
+    return text
 
 
 def group(rows, part, *keys):
@@ -190,21 +192,31 @@ def in_bin(runs, head, key, b):
 
 
 def entropy_table(rows):
-    out, (runs, edges) = "", entropy_runs(rows)
+    out = ""
+    runs, edges = entropy_runs(rows)
     for (text, K), methods in runs.items():
-        plain, ours, lines = methods.get("MTP", {}), methods.get("MTP-D", {}), []
+        pair = [methods.get("MTP", {}), methods.get("MTP-D", {})]
+        columns = [(0, "overlap"), (-1, "accepted"), (-1, "overlap")] if K > 1 else [(0, "overlap")]
+        lines = []
         for b, edge in enumerate(edges):
-            shares = [h[0]["count"][b] / sum(h[0]["count"]) for runs in (plain, ours) for h in runs.values()]
-            a, c = in_bin(plain, 0, "accepted", b), in_bin(ours, 0, "accepted", b)
-            line = [f"{edge:g} to {edges[b + 1]:g}" if b + 1 < len(edges) else f"from {edge:g}", spread(shares, 100, 1), spread([*a.values()], 100, 1),
-                    spread([*c.values()], 100, 1), spread([c[seed] - a[seed] for seed in c if seed in a], 100, 1)]
-            for head, key in ((0, "overlap"), (-1, "accepted"), (-1, "overlap")) if K > 1 else ((0, "overlap"),):
-                line += [spread([*in_bin(runs, head, key, b).values()], 100, 1) for runs in (plain, ours)]
+            shares = [heads[0]["count"][b] / sum(heads[0]["count"]) for own in pair for heads in own.values()]
+            plain, distilled = [in_bin(own, 0, "accepted", b) for own in pair]
+            difference = [distilled[seed] - plain[seed] for seed in distilled if seed in plain]
+            line = [f"{edge:g} to {edges[b + 1]:g}" if b + 1 < len(edges) else f"from {edge:g}"]
+            for values in (shares, list(plain.values()), list(distilled.values()), difference):
+                line.append(spread(values, 100, 1))
+            for head, key in columns:
+                line += [spread(list(in_bin(own, head, key, b).values()), 100, 1) for own in pair]
             if sum(shares):
                 lines.append(line)
-        names = [f"{what}, {method}" for what in ("1 - TV of head 1 %", f"AR_{K} %", f"1 - TV of head {K} %") for method in ("MTP", "MTP-D")]
-        out += markdown(f"Acceptance by the main head's entropy: {text}, K = {K} (mean over {max(len(plain), len(ours))} seeds ± half their range)",
-                        ["entropy, nats", "of the positions %", "AR_1 %, MTP", "AR_1 %, MTP-D", "to MTP, same seed, points", *names[: 6 if K > 1 else 2]], lines)
+        names = []
+        for what in ("1 - TV of head 1 %", f"AR_{K} %", f"1 - TV of head {K} %"):
+            names += [f"{what}, MTP", f"{what}, MTP-D"]
+        seeds = max(map(len, pair))
+        out += markdown(f"Acceptance by the main head's entropy: {text}, K = {K} (mean over {seeds} seeds ± half their "
+                        "range)",
+                        ["entropy, nats", "of the positions %", "AR_1 %, MTP", "AR_1 %, MTP-D",
+                         "to MTP, same seed, points", *names[: 2 * len(columns)]], lines)
     return out
 
 
@@ -215,7 +227,8 @@ def cost_table(rows):
             for title, lines in row["result"].items():
                 if lines:
                     head = list(lines[0])
-                    out += markdown(f"Cost: {title} ({row['device']})", head, [[shorter(line[k]) for k in head] for line in lines])
+                    cells = [[shorter(line[k]) for k in head] for line in lines]
+                    out += markdown(f"Cost: {title} ({row['device']})", head, cells)
     return out
 
 
@@ -233,7 +246,8 @@ COLOUR = {"MTP": "#777777", "MTP-D": "#d1495b"}
 
 def canvas(plt, panels=1, lines=1):
     """-> (figure, list of axes); one panel is 640 x 400 pixels, two side by side are 1000 x 400"""
-    fig, axes = plt.subplots(lines, panels, figsize=(5.33 if panels == 1 else 4.17 * panels, 3.33 * lines), squeeze=False)
+    width = 5.33 if panels == 1 else 4.17 * panels
+    fig, axes = plt.subplots(lines, panels, figsize=(width, 3.33 * lines), squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     return fig, list(axes.flat)
@@ -249,8 +263,10 @@ def car_figure(plt, rows):
         for method in COLOUR:
             for i, run in enumerate(groups.get((text, 4, method), [])):
                 car = [100 * x for x in run["result"]["car"]]
-                ax.plot(range(1, len(car) + 1), car, "o-", color=COLOUR[method], alpha=0.7, lw=1.2, ms=4, label=method if i == 0 else None)
-        ax.set(title=f"{text}, K = 4: a line a seed", xlabel="head k", ylabel="CAR_k: drafts 1..k accepted, %", xticks=range(1, 5), ylim=(0, None))
+                ax.plot(range(1, len(car) + 1), car, "o-", color=COLOUR[method], alpha=0.7, lw=1.2, ms=4,
+                        label=method if i == 0 else None)
+        ax.set(title=f"{text}, K = 4: one line per seed", xlabel="head k", ylabel="CAR_k: drafts 1..k accepted, %",
+               xticks=range(1, 5), ylim=(0, None))
         ax.legend(frameon=False)
     return fig
 
@@ -259,20 +275,24 @@ def tradeoff_figure(plt, rows):
     everything = group(rows, "ablation", "text", "variant")
     if not everything:
         return None
-    text = max(text for text, _ in everything).split(",")[0]    # prose, where there is some; "prose, an earlier build" too
+    # prose, where there is some; "prose, an earlier build" too
+    text = max(text for text, _ in everything).split(",")[0]
     points = {}
     for t, variant in sorted(everything):
         if t.split(",")[0] == text and variant not in points:
-            points[variant] = [statistics.mean(paired(everything, (t, variant), (t, "MTP"), measure) or [0]) for measure in
-                               (lambda r: 100 * r["result"]["ar"][0], lambda r: r["result"]["loss"][0])]
+            ar = paired(everything, (t, variant), (t, "MTP"), first_ar)
+            loss = paired(everything, (t, variant), (t, "MTP"), main_loss)
+            points[variant] = [100 * statistics.mean(ar or [0]), statistics.mean(loss or [0])]
     fig, (ax,) = canvas(plt)
     points = sorted((*xy, variant) for variant, xy in points.items())
-    for i, (y, x, variant) in enumerate(points):                # the names in a column on the right, in the order of the points
+    for i, (y, x, variant) in enumerate(points):                # names in a column on the right, in the points' order
         colour = COLOUR["MTP" if variant == "MTP" else "MTP-D"]
         ax.plot(x, y, "o", ms=5, color=colour)
-        ax.annotate(variant, (x, y), xytext=(1.03, (i + 0.5) / len(points)), textcoords="axes fraction", fontsize=7, va="center", color=colour,
-                    arrowprops=dict(arrowstyle="-", color="#bbbbbb", lw=0.5, shrinkA=1, shrinkB=3, relpos=(0, 0.5)), annotation_clip=False)
-    ax.set(title=f"{text}, K = 1: differences to MTP", xlabel="main head's validation loss, nats (left: better)", ylabel="AR_1, points (up: better)")
+        arrow = dict(arrowstyle="-", color="#bbbbbb", lw=0.5, shrinkA=1, shrinkB=3, relpos=(0, 0.5))
+        ax.annotate(variant, (x, y), xytext=(1.03, (i + 0.5) / len(points)), textcoords="axes fraction", fontsize=7,
+                    va="center", color=colour, arrowprops=arrow, annotation_clip=False)
+    ax.set(title=f"{text}, K = 1: differences to MTP", xlabel="main head's validation loss, nats (left: better)",
+           ylabel="AR_1, points (up: better)")
     ax.margins(x=0.1, y=0.08)
     return fig
 
@@ -291,7 +311,8 @@ def speed_figure(plt, rows):
         for i, (path, mine) in enumerate(checkpoints.items()):
             mine = sorted(mine, key=lambda r: r["heads"])
             x, style = [r["heads"] for r in mine], dict(color=f"C{i}", lw=1.2)
-            left.plot(x, [r["tokens_per_forward"] for r in mine], "o-", ms=4, label=Path(path).parent.name.replace("_", " "), **style)
+            label = Path(path).parent.name.replace("_", " ")
+            left.plot(x, [r["tokens_per_forward"] for r in mine], "o-", ms=4, label=label, **style)
             right.plot(x, [r["speedup"] for r in mine], "o-", ms=4, **style)
             right.plot(x, [r["predicted_speedup"] for r in mine], ":", **style)
         right.plot([], [], "ko-", lw=1.2, ms=4, label="measured")
@@ -314,17 +335,23 @@ def entropy_figure(plt, rows):
     for ax, ((text, K), methods) in zip(axes, runs.items()):
         counts = [heads[0]["count"] for seeds in methods.values() for heads in seeds.values()]
         shares = [statistics.mean(100 * c[b] / sum(c) for c in counts) for b in range(len(edges))]
-        ax.bar(edges, shares, [hi - lo for lo, hi in zip(edges, ends)], align="edge", color="#ececec", edgecolor="white", label="share of the positions", zorder=0)
+        ax.bar(edges, shares, [hi - lo for lo, hi in zip(edges, ends)], align="edge", color="#ececec",
+               edgecolor="white", label="share of the positions", zorder=0)
         for method in COLOUR:
             for key, line, what in (("accepted", "o-", "argmax"), ("overlap", ":", "sampled")):
                 bins = [b for b in range(len(edges)) if in_bin(methods.get(method, {}), 0, key, b)]
-                x, y = ([[100 ** (k != "entropy") * v for v in in_bin(methods[method], 0, k, b).values()] for b in bins] for k in ("entropy", key))
-                x = [statistics.mean(v) for v in x]
+                x = []
+                y = []
+                for b in bins:
+                    x.append(statistics.mean(in_bin(methods[method], 0, "entropy", b).values()))
+                    y.append([100 * v for v in in_bin(methods[method], 0, key, b).values()])
                 if bins:
-                    ax.plot(x, [statistics.mean(v) for v in y], line, color=COLOUR[method], lw=1.2, ms=3.5, label=f"{method}, {what}")
+                    ax.plot(x, [statistics.mean(v) for v in y], line, color=COLOUR[method], lw=1.2, ms=3.5,
+                            label=f"{method}, {what}")
                     ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=COLOUR[method], alpha=0.2, lw=0)
-        ax.set(title=f"{text}, K = {K}: head 1, mean and range of the seeds", xlabel="entropy of the main head's distribution, nats",
-               ylabel="drafts accepted, %", ylim=(0, 103), xlim=(0, max(end for end, share in zip(ends, shares) if share)))
+        right = max(end for end, share in zip(ends, shares) if share)
+        ax.set(title=f"{text}, K = {K}: head 1, mean and range of the seeds", ylabel="drafts accepted, %",
+               xlabel="entropy of the main head's distribution, nats", ylim=(0, 103), xlim=(0, right))
         ax.legend(fontsize=7, frameon=False, loc="center left")
     return fig
 
@@ -345,16 +372,22 @@ def cost_figure(plt, rows):
             if None in base:
                 continue
             for method in COLOUR:
-                points = sorted((line["n_mtp"], line[key] / statistics.mean(base)) for line in lines if (line["beta"] > 0) == (method == "MTP-D"))
+                own = [line for line in lines if (line["beta"] > 0) == (method == "MTP-D")]
+                points = sorted((line["n_mtp"], line[key] / statistics.mean(base)) for line in own)
                 if points:
-                    ax.plot(*zip(*points), marker, ls="-" if method == "MTP" else "", fillstyle=fill, ms=5, lw=0.8, color=COLOUR[method], label=f"{method}, {what}")
-        ax.set(xlabel="MTP heads K", ylabel="a training step, over that of K = 0", xticks=sorted({line["n_mtp"] for line in lines}), ylim=(0, None))
+                    ax.plot(*zip(*points), marker, ls="-" if method == "MTP" else "", fillstyle=fill, ms=5, lw=0.8,
+                            color=COLOUR[method], label=f"{method}, {what}")
+        ax.set(xlabel="MTP heads K", ylabel="a training step, over that of K = 0",
+               xticks=sorted({line["n_mtp"] for line in lines}), ylim=(0, None))
         ax.set_title(f"{title} ({device})", fontsize=9)
         ax.legend(fontsize=7, frameon=False)
     return fig
 
 
-FIGURES = {"car": car_figure, "tradeoff": tradeoff_figure, "entropy": entropy_figure, "speed": speed_figure, "cost": cost_figure}
+FIGURES = {"car": car_figure, "tradeoff": tradeoff_figure, "entropy": entropy_figure, "speed": speed_figure,
+           "cost": cost_figure}
+TABLES = (effect_table, entropy_table, ablation_table, extend_table, loop_speed_table, nanogpt_table, speed_table,
+          cost_table)
 
 
 def figures(folder, rows):
@@ -376,8 +409,8 @@ def figures(folder, rows):
 
 def read(path):
     """
-    the rows of a runs.jsonl; none where there is no file. A line that is no whole row (the computer stopped while it was
-    written) is left out, and a line on the screen says so: reproduce.py then makes that row again
+    the rows of a runs.jsonl; none where there is no file. A line that is not a whole row (the computer stopped while
+    it was written) is left out, and a line on the screen says so: reproduce.py then makes that row again
     """
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines() if Path(path).exists() else (), 1):
@@ -394,12 +427,13 @@ def read(path):
 
 def write(folder, rows):
     rows = [row for row in rows if "result" in row]
-    text = "".join(table(rows) for table in (effect_table, entropy_table, ablation_table, extend_table, loop_speed_table, nanogpt_table, speed_table, cost_table))
+    text = "".join(table(rows) for table in TABLES)
     if not text:
         return print(f"no rows in {folder} yet")
     where = sorted({f"{r['device']}, torch {r['torch']}, Python {r['python']}" for r in rows})
-    (folder / "tables.md").write_text(f"# {folder.name}: made by `python results/reproduce.py --scale {folder.name}` from runs.jsonl\n\n"
-                                      f"Hardware: {'; '.join(where)}. Every row of runs.jsonl has its command and seed.\n\n{text}", encoding="utf-8")
+    head = (f"# {folder.name}: made by `python results/reproduce.py --scale {folder.name}` from runs.jsonl\n\n"
+            f"Hardware: {'; '.join(where)}. Every row of runs.jsonl has its command and seed.\n\n")
+    (folder / "tables.md").write_text(head + text, encoding="utf-8")
     figures(folder, rows)
     print(f"wrote {folder}/tables.md")
 
