@@ -484,11 +484,12 @@ def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
         with pytest.raises(SystemExit, match=shown):
             P.main()
 
-    def wrong(**arguments):
-        raise ValueError("mtp_loss returns two values")
-    monkeypatch.setattr(P, "prepare", wrong)
-    with pytest.raises(ValueError, match="two values"):
-        P.main()
+    for error in (ValueError("two values"), OSError("no file of the user's")):
+        def wrong(**arguments):
+            raise error
+        monkeypatch.setattr(P, "prepare", wrong)
+        with pytest.raises(type(error), match=str(error)):
+            P.main()
 
 
 # -- downloads, from a server of our own
