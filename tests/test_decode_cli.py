@@ -1,4 +1,4 @@
-"""decode.py's command line: text, --trace, --svg, and its answers to bad requests. Toy checkpoints."""
+"""decode.py's command line: text, --trace, --svg, and what it says of bad requests. Toys."""
 
 import dataclasses
 import json
