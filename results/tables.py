@@ -213,8 +213,8 @@ def entropy_table(rows):
         for what in ("1 - TV of head 1 %", f"AR_{K} %", f"1 - TV of head {K} %"):
             names += [f"{what}, MTP", f"{what}, MTP-D"]
         seeds = max(map(len, pair))
-        out += markdown(f"Acceptance by the main head's entropy: {text}, K = {K} (mean over {seeds} seeds ± half their "
-                        "range)",
+        out += markdown(f"Acceptance by the main head's entropy: {text}, K = {K} "
+                        f"(mean over {seeds} seeds ± half their range)",
                         ["entropy, nats", "of the positions %", "AR_1 %, MTP", "AR_1 %, MTP-D",
                          "to MTP, same seed, points", *names[: 2 * len(columns)]], lines)
     return out

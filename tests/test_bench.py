@@ -1,4 +1,4 @@
-"""results/bench.py: acceptance against a slow loop, how its rows relate to each other, where its flags arrive."""
+"""results/bench.py: acceptance against a slow loop, how its rows relate, where its flags arrive."""
 
 import dataclasses
 import json
@@ -40,12 +40,14 @@ def toy(tmp_path_factory):
                   compile="off", preset="tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "git_commit", lambda: "1234567")
-        patch.setattr(sys, "argv", ["train.py", *as_flags({**values, "data": folder / "text", "out": folder})])
+        values.update(data=folder / "text", out=folder)
+        patch.setattr(sys, "argv", ["train.py", *as_flags(values)])
         train.main()
     model, meta = common.load_checkpoint(folder / "ckpt.pt")
     plain = GPT(dataclasses.replace(model.config, n_mtp=0)).double()
     common.save_checkpoint(folder / "plain.pt", plain, **meta)
-    common.save_checkpoint(folder / "bpe.pt", plain, **{**meta, "tokenizer": {**meta["tokenizer"], "name": "x"}})
+    meta["tokenizer"] = {**meta["tokenizer"], "name": "x"}
+    common.save_checkpoint(folder / "bpe.pt", plain, **meta)
     return folder
 
 
@@ -59,16 +61,16 @@ def call(monkeypatch, capsys, *argv):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """time is the number of embeddings looked up: the main model takes 1 second, and so does each head"""
+    """time is counted in embeddings looked up: the main model takes half a second, a head, too"""
     seconds = [0.0]
     forward = torch.nn.Embedding.forward
 
     def count(self, tokens):
-        seconds[0] += 1
+        seconds[0] += 0.5
         return forward(self, tokens)
     monkeypatch.setattr(torch.nn.Embedding, "forward", count)
     monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
-    milliseconds = bench.milliseconds                   # by this clock, once tells as much as 20 times
+    milliseconds = bench.milliseconds                   # by this clock, once is as good as often
     monkeypatch.setattr(bench, "milliseconds",
                         lambda functions, device, repeats=1: milliseconds(functions, device, 1))
 
@@ -138,18 +140,21 @@ def test_rows_with_a_clock_that_counts_forwards(toy, rows):
     model = common.load_checkpoint(toy / "ckpt.pt")[0]
     weights = 8 * sum(p.numel() for p in [*model.blocks.parameters(), model.weight])     # float64
     for plain, *some in (table[:3], table[3:]):
-        assert some[0]["ar"] == some[0]["car"] and some[1]["car"] == pytest.approx(some[0]["ar"] * some[1]["ar"])
+        assert some[0]["ar"] == some[0]["car"]
+        assert some[1]["car"] == pytest.approx(some[0]["ar"] * some[1]["ar"])
         assert 0 < some[1]["car"] < some[0]["car"] < 1
         for row in (plain, *some):
             k = row["heads"]
-            assert (row["ms_round"], row["ms_draft"], row["ms_verify"]) == (1000 * (1 + k), 1000 * k, 1000)
-            assert row["tokens_per_s"] == pytest.approx(row["tokens_per_forward"] / (1 + k))
+            times = [row[name] for name in ("ms_round", "ms_draft", "ms_verify")]
+            assert times == [500 * (1 + k), 500 * k, 500]
+            expected = 1 + sum(r["car"] for r in some[:k])
+            assert row["tokens_per_s"] == pytest.approx(2 * row["tokens_per_forward"] / (1 + k))
             assert row["speedup"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
-            assert row["predicted_tokens_per_forward"] == pytest.approx(1 + sum(r["car"] for r in some[:k]))
-            assert row["predicted_speedup"] == pytest.approx(row["predicted_tokens_per_forward"] / (1 + k))
+            assert row["predicted_tokens_per_forward"] == pytest.approx(expected)
+            assert row["predicted_speedup"] == pytest.approx(expected / (1 + k))
             assert row["model_speedup"] == pytest.approx(row["tokens_per_forward"] / (1 + k))
             assert row["over_one"] == pytest.approx(row["tokens_per_s"] / some[0]["tokens_per_s"])
-            assert row["gb_per_s"] == pytest.approx(weights / (1 + k) / 1e9)
+            assert row["gb_per_s"] == pytest.approx(2 * weights / (1 + k) / 1e9)
     assert table[1]["tokens_per_forward"] > 1.2
     assert [row["temperature"] for row in table] == [0] * 3 + [1] * 3
 
@@ -177,13 +182,15 @@ def test_prompts_that_end_in_a_loop_are_left_out(toy, rows, monkeypatch):
     looping = iter([True, False, True, False])
     monkeypatch.setattr(bench, "loops", lambda ids: next(looping))
     left = rows(prompts=toy / "both.txt")[:3]
-    assert [row["looping"] for row in left] == [1] * 3 and [row["prompts"] for row in left] == [2] * 3
+    assert [(row["looping"], row["prompts"]) for row in left] == [(1, 2)] * 3
     for name in ("tokens_per_forward", "car", "speedup"):
-        assert [row[name] for row in left] == [row[name] for row in second] != [row[name] for row in both]
+        got, want, other = [[row[name] for row in table] for table in (left, second, both)]
+        assert got == want != other
 
 
 def test_a_checkpoint_without_heads_and_the_printed_table(toy, monkeypatch, capsys):
-    out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", toy / "plain.pt", "--json", *as_flags(FLAGS))
+    checkpoints = [toy / "ckpt.pt", toy / "plain.pt"]
+    out = call(monkeypatch, capsys, "decode", *checkpoints, "--json", *as_flags(FLAGS))
     out, _, result = out.strip().rpartition("\n")
     assert [(r["heads"], r["temperature"]) for r in json.loads(result)] == [
         (k, t) for t in (0, 1) for k in (0, 1, 2)] + [(0, 0), (0, 1)]
@@ -192,8 +199,10 @@ def test_a_checkpoint_without_heads_and_the_printed_table(toy, monkeypatch, caps
 
 
 def test_loops_are_told_from_text():
-    assert bench.loops([1, 2, 3] + [5, 6, 7, 8] * 3) and bench.loops([9] * 12) and bench.loops([0, 1] * 6)
-    assert not bench.loops(list(range(40))) and not bench.loops([7] * 5) and not bench.loops([])
+    for text in ([1, 2, 3] + [5, 6, 7, 8] * 3, [9] * 12, [0, 1] * 6):
+        assert bench.loops(text)
+    for text in (list(range(40)), [7] * 5, []):
+        assert not bench.loops(text)
 
 
 # -----------------------------------------------------------------------------
@@ -211,10 +220,11 @@ def test_each_flag_changes_the_rows(toy, rows, changes, cached=[]):
         changes = {"data": toy / "other"}
     got = rows(**changes)
     assert numbers(got) != numbers(base)
-    for name in ("accept", "draft_vocab", "seed"):      # in the rounds and in the teacher-forced rates
-        if name in changes:
-            assert [r["tokens_per_forward"] for r in got[4:]] != [r["tokens_per_forward"] for r in base[4:]]
-            assert name == "seed" or [r["ar"] for r in got[4:]] != [r["ar"] for r in base[4:]]
+    sampled = list(zip(got[4:], base[4:]))
+    if set(changes) & {"accept", "draft_vocab", "seed"}:     # in the rounds
+        assert any(r["tokens_per_forward"] != b["tokens_per_forward"] for r, b in sampled)
+    if set(changes) & {"accept", "draft_vocab"}:             # and in the teacher-forced rates
+        assert any(r["ar"] != b["ar"] for r, b in sampled)
     assert [r["prompts"] for r in got] == [changes.get("count", 2)] * len(got)
     assert [r["batch"] for r in got] == [changes.get("batch", 1)] * len(got)
     if "heads" in changes:
@@ -249,14 +259,14 @@ def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
     (["check", "plain.pt"], "nothing to compare"),
     (["check", "ckpt.pt", "--prompts", "gone.txt"], "gone.txt"),
     (["check", "ckpt.pt", "--prompts", "bad.jsonl"], "bad.jsonl, line 2"),
-    (["decode", "ckpt.pt", "--prompts", "bad.jsonl", "--prompt_tokens", 3], "--prompt_tokens has no effect"),
+    (["decode", "ckpt.pt", "--prompts", "x", "--prompt_tokens", 3], "--prompt_tokens has no"),
     (["decode", "ckpt.pt", "bpe.pt"], "different tokenizers"),
     (["decode", "ckpt.pt", "--tokens", 0], "--tokens is 0"),
     (["decode", "ckpt.pt", "--top_k", 999], "top_k is 999"),
     (["decode", "ckpt.pt", "--accept", "x"], "--accept is 'x'"),
     (["decode", "ckpt.pt", "--batch", 0], "--batch is 0"),
     (["decode", "ckpt.pt", "--batch", 9, "--tokens", 4], "--batch 9"),
-    (["decode", "ckpt.pt", "--tokens", 2, "--prompt_tokens", 8], "no continuation is longer than 2 tokens"),
+    (["decode", "ckpt.pt", "--tokens", 2, "--prompt_tokens", 8], "no continuation is longer"),
     (["train", "--heads", "two"], "--heads is 'two'"),
     (["train", "--kl", "forward,x"], "--kl is 'x'"),
     (["train", "--heads", -1], "--n_mtp is -1"),
@@ -277,8 +287,10 @@ def test_bad_requests(toy, monkeypatch, capsys, argv, message):
 
 
 def test_check_finds_no_difference_in_float64(toy, monkeypatch, capsys):
-    out = call(monkeypatch, capsys, "check", toy / "ckpt.pt", "--json", *as_flags({**FLAGS, "count": 3}))
-    assert "3 of 3 greedy continuations are identical" in out and "2 heads on cpu: plain PyTorch" in out
+    flags = as_flags({**FLAGS, "count": 3})
+    out = call(monkeypatch, capsys, "check", toy / "ckpt.pt", "--json", *flags)
+    assert "3 of 3 greedy continuations are identical" in out
+    assert "2 heads on cpu: plain PyTorch" in out
     assert json.loads(out.splitlines()[-1]) == dict(same=3, prompts=3, differences=[])
 
 
@@ -303,8 +315,9 @@ def test_check_compares_what_was_asked_for_and_shows_a_difference(toy, monkeypat
 # bench.py train
 
 
-TOY_CONFIG = train.TrainConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=4, micro_batch=2,
-                               compile="off")
+TOY_CONFIG = train.TrainConfig(
+    n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=4, micro_batch=2, compile="off"
+)
 
 
 def test_a_training_step_is_timed_with_what_its_row_says(monkeypatch, capsys):
@@ -312,18 +325,20 @@ def test_a_training_step_is_timed_with_what_its_row_says(monkeypatch, capsys):
     loss = distill.mtp_loss
 
     def spy(hidden, weight, targets, **options):
-        seen.append((len(hidden) - 1, options["ramp"] * options["beta"][0], options["top_n"], options["kl"],
-                     len(targets)))
+        beta = options["ramp"] * options["beta"][0]
+        seen.append((len(hidden) - 1, beta, options["top_n"], options["kl"], len(targets)))
         return loss(hidden, weight, targets, **options)
     monkeypatch.setattr(distill, "mtp_loss", spy)
     cases = [bench.Case(1), bench.Case(2, 0.5, 3), bench.Case(2, 0.5, 3, "tv")]
     table = bench.bench_training(TOY_CONFIG, CPU, torch.float32, 1, cases, vocab=11)
-    assert list(dict.fromkeys(seen)) == [(1, 0, 1, "forward", 2), (2, 0.5, 3, "forward", 2), (2, 0.5, 3, "tv", 2)]
-    assert [bench.Case(*[row[name] for name in ("n_mtp", "beta", "top_n", "kl")]) for row in table] == cases
-    assert all(row["ms"] > 0 and row["tokens_per_s"] * row["ms"] == pytest.approx(16_000) for row in table)
-    assert all(row["loss"].startswith("plain (distill.py; ") for row in table)
+    assert list(dict.fromkeys(seen)) == [
+        (1, 0, 1, "forward", 2), (2, 0.5, 3, "forward", 2), (2, 0.5, 3, "tv", 2)]
+    for row, case in zip(table, cases, strict=True):
+        assert (row["n_mtp"], row["beta"], row["top_n"], row["kl"]) == case[:4]
+        assert row["ms"] > 0 and row["tokens_per_s"] * row["ms"] == pytest.approx(16_000)
+        assert row["loss"].startswith("plain (distill.py; ")
     assert capsys.readouterr().out.count("ms per step") == 3
-    assert TOY_CONFIG.beta == "0.5" and TOY_CONFIG.kl_start == 0.75     # the config that came in is as it was
+    assert TOY_CONFIG.beta == "0.5" and TOY_CONFIG.kl_start == 0.75     # unchanged
 
 
 def test_a_registered_divergence_is_timed_beside_the_others(monkeypatch, capsys):
@@ -335,8 +350,10 @@ def test_a_registered_divergence_is_timed_beside_the_others(monkeypatch, capsys)
         middle = torch.logaddexp(log_p, log_q) - math.log(2)
         return (distill.forward_kl(middle, log_q) + distill.forward_kl(middle, log_p)) / 2
     monkeypatch.setitem(distill.DIVERGENCES, "js", js)
-    flags = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=2, micro_batch=2, vocab_size=11,
-                 repeats=1, heads="2,0", kl="forward,js", top_n="3,5", fast="auto,off", device="cpu")
+    flags = dict(
+        n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=2, micro_batch=2, vocab_size=11,
+        repeats=1, heads="2,0", kl="forward,js", top_n="3,5", fast="auto,off", device="cpu",
+    )
     out = call(monkeypatch, capsys, "train", "--json", *as_flags(flags))
     table = json.loads(out.splitlines()[-1])
     kinds = [(0.0, 1, "forward")] + [(0.5, n, kl) for kl in ("forward", "js") for n in (3, 5)]

@@ -1,4 +1,4 @@
-"""decode.py's command line: text, --trace, --svg, and what it says of bad requests. Toy checkpoints."""
+"""decode.py's command line: text, --trace, --svg, and what it says of bad requests. Toys."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_text_and_statistics(toys, monkeypatch, capsys, more):
     assert f"with {heads} of 2 heads: plain PyTorch (fast is off)" in out
     if heads == 0:
         assert result["forwards"] == 19
-    if "--trace" in more:  # a line for the prefill and one per round, their tokens those of the text
+    if "--trace" in more:  # a line for the prefill and one per round: the tokens emitted
         lines = [line for line in out.splitlines() if "|main" in line or "|1" in line]
         words = [word for line in lines for word in line.split("  ") if "|" in word]
         emitted = [word for word in words if not word.endswith("|rejected")]
@@ -57,7 +57,8 @@ def test_the_trace_as_a_picture(toys, monkeypatch, capsys, tmp_path):
     flags = ["--prompt", "the", "--tokens", 9, "--trace", "--svg", tmp_path / "trace.svg", "--json"]
     out = call(monkeypatch, capsys, toys / "two.pt", *flags)
     svg = (tmp_path / "trace.svg").read_text(encoding="utf-8")
-    assert svg.startswith("<svg") and svg.count("<text ") == json.loads(out.splitlines()[-1])["forwards"] + 1
+    forwards = json.loads(out.splitlines()[-1])["forwards"]
+    assert svg.startswith("<svg") and svg.count("<text ") == forwards + 1
 
 
 def test_a_checkpoint_without_heads_decodes(toys, monkeypatch, capsys):
