@@ -6,7 +6,8 @@ decode.py: speculative decoding with the model's own MTP heads. The output is th
     python decode.py out/tiny/ckpt.pt --heads 0        ordinary decoding, one token per forward pass
     python decode.py -h                                every flag, its default and its meaning
 
-Is the output identical, and how fast is it? `python results/bench.py check` and `.. decode`.
+Is the output identical, and how fast is it? `python results/bench.py check CKPT`, and
+`python results/bench.py decode CKPT`.
 
 One round, with tokens t_0 .. t_n known and h^0 computed up to position n-1:
 
@@ -23,7 +24,8 @@ speculative_round does this for one sequence, without a cache. The Decoder does 
 caches, for batches, and without waiting for the device; tests/test_decode.py compares the two.
 
 Shapes in comments: B batch, K heads used, V vocabulary. In the rules, p is the target distribution
-(the main head's) and q the draft distribution (an MTP head's).
+(the main head's) and q the draft distribution (an MTP head's), as in the papers on speculative
+decoding (distill.py follows its own paper: there Q is the main head's).
 """
 
 import html
@@ -53,7 +55,9 @@ def speculative_round(model, tokens, heads, temperature, generator=None):
     device = model.weight.device
     room = model.config.block_size - len(tokens)          # tokens that the context can still take
     assert room > 0, "the context is full"
-    heads = min(heads, room - 1) if len(tokens) > 1 else 0     # head 1 reads the last two positions
+    heads = min(heads, room - 1)                          # and one place for the emitted token
+    if len(tokens) == 1:
+        heads = 0                                         # head 1 reads h^0_{n-1}: there is none
     noise = draw_noise("residual", 1, heads, model.weight, generator)
 
     def probs(k, ids):                                    # head k's, for each position of ids
@@ -86,8 +90,8 @@ def speculative_round(model, tokens, heads, temperature, generator=None):
 
 
 # -----------------------------------------------------------------------------
-# randomness: the random numbers of a round are drawn in one call before it, and two functions read
-# them. All the rest is pure
+# randomness. All random numbers of a round are drawn in one call before it; only bernoulli and
+# sample read them. So the functions of this section (but draw_noise) and the accept rules are pure
 
 
 class Noise(NamedTuple):
@@ -112,7 +116,7 @@ def split_noise(numbers, rule, heads, V):
 
 
 def draw_noise(rule, B, heads, like, generator=None):
-    """-> Noise, on the device of `like` (V, d)"""
+    """-> Noise; `like` is the output head (V, d), which gives V, the device and the dtype"""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     n = sum(noise_sizes(rule, heads, len(like)))
     numbers = torch.empty(B, n, dtype=dtype, device=like.device)
@@ -125,9 +129,10 @@ def bernoulli(prob, noise):
 
 
 def sample(probs, noise):
-    """one index from probs (.., V), which need not sum to 1. An exponential race (the Gumbel-max
-    trick): noise_v / probs_v is exponential with rate probs_v, and v comes first in proportion to
-    its rate. No host sync, unlike torch.multinomial; a probability of 0 is never drawn"""
+    """one index from probs (.., V), which need not sum to 1 but must not be all 0. An exponential
+    race (the Gumbel-max trick): noise_v / probs_v is exponential with rate probs_v, and the
+    smallest is v with probability in proportion to its rate. The code takes the largest inverse,
+    so that a probability of 0 is never drawn. No host sync, unlike torch.multinomial"""
     return (probs / noise.clamp_min(torch.finfo(noise.dtype).tiny)).argmax(-1)
 
 
@@ -141,7 +146,7 @@ def probabilities(logits, temperature, top_k=None):
         smallest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     logits = logits - logits.amax(-1, keepdim=True)       # no overflow at tiny temperatures
-    return (logits / temperature).softmax(-1)
+    return (logits / max(temperature, 1e-30)).softmax(-1)  # 1e-46 would be 0 in float32
 
 
 # -----------------------------------------------------------------------------
@@ -189,7 +194,8 @@ def point(target_probs, draft_probs, drafts, noise):
     """the draft is a fixed token: accept it with probability p(draft), else emit from the rest"""
     p = of_drafts(target_probs[:, :-1], drafts)
     accepted = num_accepted(bernoulli(p, noise.accept))
-    rejected_probs = target_probs[:, :-1].scatter(-1, drafts.unsqueeze(-1), 0)
+    one_hot = F.one_hot(drafts, target_probs.size(-1)).to(p.dtype)
+    rejected_probs = residual_probs(target_probs[:, :-1], one_hot)
     emit_probs = torch.cat((rejected_probs, target_probs[:, -1:]), dim=1)
     return accepted, sample(select_row(emit_probs, accepted), noise.emit[:, 0])
 
@@ -211,8 +217,8 @@ RULES = {"residual": residual, "point": point, "match": match}
 
 def accepted_lengths(choices):
     """the argmax tokens of all_logits, entry k (B, T-k) -> how many drafts a round at each position
-    would accept, (B, T-K): head 1's if it is the main head's choice one position on, head 2's if
-    also .. (teacher-forced)"""
+    would accept, (B, T-K): head k's draft counts if it equals the main head's choice k positions
+    on, and those of heads 1 .. k-1 count, too. All read the given text (teacher-forced)"""
     K = len(choices) - 1
     T = choices[0].size(1)
     ok = torch.ones_like(choices[0][:, : T - K])
@@ -238,7 +244,7 @@ def rates(histogram):
 @torch.no_grad()
 def acceptance(model, tokens):
     """tokens (B, T) of some text -> (AR, CAR), K numbers each, against the main head's own argmax,
-    teacher-forced"""
+    teacher-forced. The model should be in eval mode; T is at most block_size"""
     K = model.config.n_mtp
     if tokens.size(1) <= K:
         raise UserError(
@@ -281,12 +287,16 @@ PREFILL = 256  # tokens of a prompt that are read at a time: attention is (PREFI
 
 class Decoder:
     """
-    the state of B sequences and the functions that advance it, all of fixed shape and without a
-    host sync. fast.decode.FastDecoder is the same, as a replayed CUDA graph.
+    the state of B sequences and the functions that advance it. A round is of fixed shape and
+    without a host sync; prefill and remaining are not. fast.decode.FastDecoder is the same, with
+    the round as a replayed CUDA graph.
 
     model   does the steps: a GPT, or fast.decode's wrapper of one
-    buffer  (B, slots) tokens: t_0 .. t_n, and the drafts of the round after them
-    n       (B,) position of the last token known;  limit (B,) the last one wanted;  done (B,)
+    buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
+    n       (B,) position of the last known token;  limit (B,) the largest n may become
+    done    (B,) whether a sequence is finished: later rounds leave its n alone
+    accepted  (K+1,) histogram: how many forwards accepted 0 .. K drafts;  emitted (B,) tokens
+    why     which decoder this is, and why, in words (see make_decoder)
     """
 
     why = "plain PyTorch"
@@ -306,10 +316,11 @@ class Decoder:
         self.stop_token = stop_token
         self.generator = generator
         self.draft_vocab = draft_vocab
-        slots = length + model.config.n_mtp + 1           # a round may write K tokens past the end
+        slots = length + model.config.n_mtp + 1   # a finished sequence writes K+1 past the end
         self.cache = Cache(model.config, batch, slots, device, weight.dtype, heads)
         self.buffer = torch.zeros(batch, slots, dtype=torch.long, device=device)
         self.drafts = torch.zeros(batch, heads, dtype=torch.long, device=device)
+        # prefill sets these; until then they are valid positions, for a round may be recorded
         self.n = torch.ones(batch, dtype=torch.long, device=device)
         self.limit = torch.full_like(self.n, length - 1)
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -382,10 +393,11 @@ class Decoder:
     def draft(self, noise):
         """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V)
 
-        Row i of head k read Emb(t_{i+k}), which for the last k-1 rows was a draft, and up to K+1
-        rows are new since the last round. So every head runs again over rows n-K-1 .. n-1: the last
-        round began at n' = n-a-1, and left head k's row i < n' right if it read no rejected draft,
-        i+k < n. So max(a+1, k) rows are new or wrong. Near the start of a text, row 0 repeats."""
+        Why every head runs over rows n-K-1 .. n-1, not over row n-1 alone: the last round began at
+        n' = n-a-1, so the a+1 rows n' .. n-1 are new. Of older rows, head k's row i read t_{i+k},
+        which may have been a draft since rejected: row i is right if i+k < n, and the last k rows
+        may be wrong. In all max(a+1, k) <= K+1 rows. Near the start of a text row 0 stands in for
+        the missing ones, several times, with the same result."""
         pos, tokens = self.window(self.draft_offsets, 1)  # (B, K+1); head k reads t_{pos+k}
         positions = self.model.positions(self.cache, pos)
         draft_probs = []
@@ -445,7 +457,7 @@ class Decoder:
             stopped = first_stop <= count
             count = torch.minimum(count, first_stop)
         active = ~self.done
-        emitted_drafts = torch.minimum(accepted, count).clamp_min(0)
+        emitted_drafts = torch.minimum(accepted, count)
         self.accepted.scatter_add_(0, emitted_drafts, active.long())
         self.emitted += count * active
         self.n += count * active
@@ -532,11 +544,11 @@ def generate(
     continue each prompt by up to max_new_tokens tokens, or to the end of the context (block_size),
     or to stop_token (which is emitted too)
 
-    prompts      list of lists of token ids; each is continued as if it were alone
+    prompts      list of lists of token ids; each is continued independently of the others
     heads        MTP heads that draft: None all, 0 ordinary decoding
-    temperature  0 is greedy;  top_k  sample among the k most likely tokens
+    temperature  0 is greedy;  top_k  sample among the k most likely tokens (and ties with the k-th)
     accept       "residual" | "match" | "point": all exact
-    generator    on the model's device; the same seed gives the same text
+    generator    on the model's device; the same seed and prompts give the same text
     draft_vocab  draft only among the first so many ids; the output's distribution stays the same
     watch        called with the Decoder after the prefill and after each round
     fast         "auto" | "on" | "off": fast/decode.py, on a CUDA GPU
@@ -630,7 +642,7 @@ class Trace:
         row = []
         for i, token in enumerate(new):
             row.append((self.quote(token), i + 1 if i < accepted else 0, False))
-        if accepted < len(new):                           # else max_new_tokens cut the drafts
+        if accepted < len(new):     # else the limit or a stop token ended the round in the drafts
             for i in range(accepted, len(drafts)):
                 row.append((self.quote(drafts[i]), i + 1, True))
         self.rounds.append(row)

@@ -13,8 +13,8 @@ distribution Q can teach all K heads, and KL = 0 can be reached. As a table, one
     row 1 head 1          h1_0    h1_1    h1_2        student P^1
     row 2 head 2                  h2_0    h2_1        student P^2
 
-    sg    stop-gradient: the teacher's logits are detached, so that the main head is not pulled
-          towards its heads
+    sg    stop-gradient: the teacher's logits are detached, so that the KL moves the students
+          towards the teacher and not the reverse (through the students it still reaches the trunk)
     ~     TopN: only the teacher's N largest logits count, and both distributions are renormalised
           over them
 
@@ -22,7 +22,8 @@ The first half of this file is the loss in plain PyTorch. To try another diverge
 function and enter it in DIVERGENCES. The second half computes the same in chunks of targets, so
 that only one chunk's logits are in memory; tests/test_distill.py compares the two.
 
-Shapes in comments: K MTP heads, C targets, V vocabulary, N logits of the TopN, d width.
+Shapes in comments: K MTP heads, C targets, V vocabulary, N logits of the TopN, d width. As in the
+paper, Q is the main head and P an MTP head (decode.py has it the other way round).
 """
 
 import math
@@ -47,7 +48,8 @@ def reverse_kl(log_p, log_q):
 
 
 def total_variation(log_p, log_q):
-    """1/2 sum_v |p_v - q_v|: 1 minus the acceptance rate of sampled drafts (decode.residual)"""
+    """1/2 sum_v |p_v - q_v|. With N = V: 1 minus the acceptance rate of drafts sampled at
+    temperature 1 (decode.residual)"""
     difference = log_p.exp() - log_q.exp()
     return difference.abs().sum(-1) / 2
 
@@ -58,7 +60,7 @@ DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "tv": total_variati
 
 
 def to_float32(logits):
-    """sums over a vocabulary would lose the tail in bf16"""
+    """to float32, where sums over a vocabulary keep their tail; float64 stays"""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -86,7 +88,8 @@ def mtp_d_loss(logits, targets, alpha, beta, top_n, kl="forward", detach_teacher
     the whole loss, from logits that predict the same C targets
 
     logits   (K+1, C, V): row 0 the main head's, row k head k's;  targets (C,)
-    alpha    (K+1,) weights of the cross-entropies, alpha[0] = 1 the main head's
+    alpha    (K+1,) weights of the cross-entropies, the main head's first (1 in the formula above;
+             mtp_loss passes less, for it adds the first K targets itself)
     beta     (K,) weights of the KL terms
     top_n    N of the TopN, a count; 0 leaves the KL out (plain MTP)
     -> (loss, CE per head (K+1,), KL per head (K,)), means over the targets, in nats
@@ -107,7 +110,8 @@ def mtp_d_loss(logits, targets, alpha, beta, top_n, kl="forward", detach_teacher
 
 
 def topn_kl(student, teacher, n, direction="forward", detach_teacher=True):
-    """the mean over rows of topn_divergence, a scalar: student and teacher (.., V) logits
+    """the mean over rows of topn_divergence, a scalar: student and teacher (.., V) logits. For your
+    own experiments; training uses mtp_loss
 
     n is a count, or a fraction of the vocabulary below 1"""
     n = count_top_n(n, teacher.size(-1))
@@ -115,7 +119,8 @@ def topn_kl(student, teacher, n, direction="forward", detach_teacher=True):
 
 
 def count_top_n(n, vocab_size):
-    """N as a count (n >= 1) or as a fraction of the vocabulary (n < 1) -> count, at most V"""
+    """N as a count (n >= 1) or as a fraction of the vocabulary (n < 1) -> count, at most V. Note
+    that 1.0 is a count: one logit, whose KL is always 0. For all of them, give V or more"""
     if not 0 < n < math.inf or (n >= 1 and n != int(n)):
         raise ValueError(
             f"top_n is {n}; it must be a whole number of logits, or a fraction of the vocabulary "
@@ -133,7 +138,8 @@ def top_n_indices(logits, n):
     On a GPU, topk over 50,000 logits is the most expensive part of distillation. Cut the row into
     groups of g logits: the N largest lie in the N groups with the largest maxima (if one lay in
     another group, N groups would each hold a logit at least as large). So take topk over V/g
-    maxima, then over the N*g logits of these groups: exact, and several times faster.
+    maxima, then over the N*g logits of these groups: exact, and several times faster where N is
+    small. Below V/N = 16 (the default N = V/10, too) this is plain topk.
     """
     V = logits.size(-1)
     g = 2 ** int(math.log2(max(1, V / n)) / 2)                  # about sqrt(V / N) is fastest
@@ -254,7 +260,7 @@ def mtp_loss(
     grad_function   loss_and_grad, or fast.loss.loss_and_grad
     -> (loss, CE per head (K+1,), KL per head (K,)), means in nats: CE_main over all B*T targets,
     the rest over the B*(T-K) targets that all K+1 rows predict. KL is 0 where it was not computed.
-    Heads with alpha = beta = 0 are left out and cost nothing.
+    A head with alpha = beta = 0 (after the ramp) is left out, costs nothing here and reports 0.
     """
     K = len(hidden) - 1
     B, T = targets.shape
@@ -273,9 +279,9 @@ def mtp_loss(
     used = [k for k in range(1, K + 1) if alpha[k - 1] or beta[k - 1]]
     rows = [hidden[k][:, K - k : T - k] for k in [0, *used]]
     rows = torch.stack(rows).flatten(1, 2)                      # (R, C, d)
-    share = (T - K) / T                                         # of these targets in CE_main
+    main_share = (T - K) / T                                    # of CE_main's targets, these
     float_type = torch.promote_types(weight.dtype, torch.float32)
-    alpha = torch.tensor([share] + [alpha[k - 1] for k in used], dtype=float_type)
+    alpha = torch.tensor([main_share] + [alpha[k - 1] for k in used], dtype=float_type)
     beta = torch.tensor([beta[k - 1] for k in used], dtype=float_type)
     loss, ce_used, kl_used = ChunkedLoss.apply(
         rows, weight, targets[:, K:].flatten(),
@@ -290,6 +296,6 @@ def mtp_loss(
     if K:  # the first K targets lack rows: they teach the main head alone
         first = to_float32(hidden[0][:, :K] @ weight.T)         # (B, K, V)
         first = F.cross_entropy(first.flatten(0, 1), targets[:, :K].flatten())
-        loss = loss + (1 - share) * first
-        ce[0] = share * ce[0] + (1 - share) * first.detach()
+        loss = loss + (1 - main_share) * first
+        ce[0] = main_share * ce[0] + (1 - main_share) * first.detach()
     return loss, ce, kl_per_head

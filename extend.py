@@ -113,7 +113,8 @@ def extension_config(meta, model, given, m):
     elif "batch_size" in kept:
         kept["micro_batch"] = 0
     cfg = dataclasses.replace(
-        base, **kept, n_mtp=m, out=flags.out, device=flags.device, compile=flags.compile,
+        base, **kept, n_mtp=m, out=flags.out, device=flags.device, fast=flags.fast,
+        compile=flags.compile,
         steps=steps, schedule_steps=0, warmup=min(base.warmup, steps // 10),
         keep_best=False,           # the main head is frozen: its loss can't say which is best
         kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once

@@ -640,7 +640,6 @@ def table(result, meta):
     return "\n".join(lines)
 
 
-@torch.compiler.set_stance("force_eager")  # a few tokens are not worth another compilation
 def sample(model, val_ids, meta, temperature=0.8):
     """continue the beginning of the validation text by speculative decoding -> text to print"""
     tokenizer = Tokenizer(meta["tokenizer"])
@@ -650,8 +649,9 @@ def sample(model, val_ids, meta, temperature=0.8):
     prompt = [int(t) for t in val_ids[: min(32, max(1, T // 4))]]
     generator = torch.Generator(device=model.weight.device).manual_seed(1)
     top_k = min(50, model.config.vocab_size)
-    texts, stats = decode.generate(model, [prompt], 160, temperature=temperature, top_k=top_k,
-                                   generator=generator)
+    with torch.compiler.set_stance("force_eager"):  # a few tokens are not worth a compilation
+        texts, stats = decode.generate(model, [prompt], 160, temperature=temperature, top_k=top_k,
+                                       generator=generator)
     return (f"--- a sample at temperature {temperature}: {stats.tokens} tokens in {stats.forwards} "
             f"forwards ({stats.tokens_per_forward:.2f} each)\n"
             f"{tokenizer.decode(prompt)}[..]{tokenizer.decode(texts[0])}\n---")

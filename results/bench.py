@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode  # noqa: E402
 import train  # noqa: E402
 from common import UserError, check_flags, flag, parse, pick_device, pick_dtype, run  # noqa: E402
+from data.reader import read_prompts  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -125,33 +126,6 @@ def load(paths, cfg):
                 "per second can't be compared: give checkpoints of one dataset"
             )
     return checkpoints
-
-
-def read_prompts(path):
-    """a file of prompts -> list of str"""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file of prompts at {path}")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if path.suffix == ".jsonl" and line.strip():
-            line = prompt_of_json(line, f"{path}, line {number}")
-        if line.strip():
-            prompts.append(line)
-    if not prompts:
-        raise UserError(f"{path} holds no prompt; it must hold lines of text")
-    return prompts
-
-
-def prompt_of_json(line, place):
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    for name in ("text", "prompt", "question"):
-        if isinstance(row, dict) and name in row:
-            return str(row[name])
-    raise UserError(f"{place}: expected a JSON object with a field text, prompt or question")
 
 
 def pick_prompts(checkpoint, cfg):

@@ -359,6 +359,23 @@ def test_a_refusal_that_only_rounding_can_cause_still_emits_a_possible_token(mon
     assert a.eq(0).all() and set(y.tolist()) == {1, 2}
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_certain_token_is_emitted_whatever_the_random_numbers_are(rule):
+    """exp(-noise) can round to 1, which rejects even a draft of probability 1: what is emitted then must still be possible"""
+    p = torch.nn.functional.one_hot(torch.tensor([[3, 3]]), 5).double()
+    drafts = torch.tensor([[3]])
+    for value in (0.0, 1e-8, 1.0):
+        noise = Noise(torch.ones(1, 1, 5), torch.full((1, 1), value), torch.full((1, 2, 5), max(value, 0.5)))
+        _, token = decode.RULES[rule](p.float(), p[:, :1].float(), drafts, noise)
+        assert token.tolist() == [3]
+
+
+def test_temperatures_too_small_for_float32_are_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]]).float()
+    for temperature in (1e-30, 1e-46, 1e-300):
+        assert decode.probabilities(logits, temperature).tolist() == [[0.0, 1.0, 0.0]]
+
+
 def end_to_end(monkeypatch, rule, heads, new, top_k=None, stop=None, V=3, temperature=0.7, draft_vocab=None):
     """-> law of the texts by generate(), law of the texts by the main head's conditionals"""
     model, prompt = make_model(V, 12, heads, seed=4), [1, 0]

@@ -318,9 +318,7 @@ def test_the_teacher_of_new_heads_teaches_from_the_first_step(folder, tmp_path):
     assert [row["lr"] for row in rows[:2]] == pytest.approx([5e-4, 1e-3])  # a tenth is warm-up
 
 
-@pytest.mark.parametrize("script", [
-    "train", pytest.param("extend", marks=pytest.mark.xfail(
-        strict=True, reason="extend.extension_config leaves --fast out"))])
+@pytest.mark.parametrize("script", ["train", "extend"])
 def test_fast_picks_the_fused_loss(folder, base, tmp_path, monkeypatch, capsys, script):
     """a stand-in for fast/loss.py: here is no GPU"""
     calls = []
