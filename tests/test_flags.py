@@ -126,6 +126,8 @@ def test_a_flag_of_training_changes_the_weights(folder, base, tmp_path, name):
     assert stored == type(stored)(changes[name])
     if name in run.header["model"]:
         assert getattr(run.model.config, name) == changes[name]
+    if name == "tokenizer":
+        assert run.model.config.vocab_size == 258
 
 
 @pytest.mark.parametrize("name", KEEPS_WEIGHTS)
@@ -161,17 +163,17 @@ def test_clip_is_a_bound_and_0_is_none(folder, base, tmp_path):
     assert loose.gap(none) < 1e-9 and none.gap(base) > 1e-7
 
 
-def test_micro_batch_bounds_the_windows_of_a_forward(folder, tmp_path, monkeypatch):
-    sizes = []
+def test_micro_batch_and_block_size_are_the_shape_of_a_forward(folder, tmp_path, monkeypatch):
+    shapes = []
     forward = GPT.forward
 
     def spy(model, tokens, *args, **options):
         if model.training:
-            sizes.append(len(tokens))
+            shapes.append(tuple(tokens.shape))
         return forward(model, tokens, *args, **options)
     monkeypatch.setattr(GPT, "forward", spy)
     trained(folder, tmp_path, micro_batch=2, steps=1)
-    assert sizes == [2] * 4
+    assert shapes == [(2, 16)] * 4
 
 
 def test_the_seed_reaches_the_initial_weights(folder, tmp_path):
