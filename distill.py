@@ -101,10 +101,9 @@ def mtp_d_loss(logits, targets, alpha, beta, top_n, kl="forward", detach_teacher
     loss = (alpha * ce).sum()                                   # CE_main + sum_k alpha_k CE_k
     kl_per_head = torch.zeros_like(ce[1:])
     if K and top_n:
-        teacher = logits[0]
-        students = logits[1:]
-        kl_rows = topn_divergence(students, teacher, top_n, kl, detach_teacher)     # (K, C)
-        kl_per_head = kl_rows.mean(1)                           # (K,)
+        # the teacher is compared with itself, too: cheaper than the gradient of a slice of logits
+        kl_rows = topn_divergence(logits, logits[0], top_n, kl, detach_teacher)     # (K+1, C)
+        kl_per_head = kl_rows[1:].mean(1)                       # (K,)
         loss = loss + (beta * kl_per_head).sum()                # sum_k beta_k KL(sg(Q~) || P~_k)
     return loss, ce.detach(), kl_per_head.detach()
 
