@@ -141,7 +141,7 @@ class Attention(nn.Module):
         row, pos, mask, _ = positions
         keys[row, :, pos] = k.transpose(1, 2)                       # (B, T, H, hd) goes in
         values[row, :, pos] = v.transpose(1, 2)
-        # written out: for a few queries this is faster than a call of torch's attention
+        # written out: the mask, one for each row of the batch, is an addition
         score = (q * q.size(-1) ** -0.5) @ keys.transpose(-2, -1)   # (B, H, T, S)
         return (score + mask).softmax(-1) @ values                  # (B, H, T, hd)
 
