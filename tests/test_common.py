@@ -18,11 +18,11 @@ REPO = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Config:
-    rate: float = common.flag(0.5, "a fraction", min=0, max=1)
-    decay: float = common.flag(0.9, "a decay", min=0, below=1)
+    rate: float = common.flag(0.5, "a fraction", max=1)
+    decay: float = common.flag(0.9, "a decay", max=0.5)
     count: int = common.flag(3, "100 % of them", min=1)
     kind: str = common.flag("", "a | b", choices=("", "a", "b"))
-    any: float = common.flag(1.0, "without a range")
+    any: float = common.flag(1.0, "at least 0, which is the default range")
     switch: bool = common.flag(True, "on")
 
 

@@ -36,7 +36,7 @@ def base(tmp_path_factory):
     cfg = train.make_config({**BASE, "data": str(data), "out": str(folder / "toy")})
     torch.manual_seed(1)
     model = GPT(GPTConfig(257, **{name: BASE[name] for name in SHAPE})).double()
-    train.train(model, cfg, *train.open_data(cfg), quiet=True)
+    train.train(model, cfg, *train.open_data(cfg))
     return folder / "toy/ckpt.pt"
 
 

@@ -59,7 +59,7 @@ def new_model(cfg, vocab=257):
 
 def fit(cfg, model=None):
     model = model or new_model(cfg)
-    train.train(model, cfg, *train.open_data(cfg), quiet=True)
+    train.train(model, cfg, *train.open_data(cfg))
     return model
 
 
