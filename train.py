@@ -627,8 +627,8 @@ def main():
     # train, and show what came of it
     result = train(model, cfg, train_ids, val_ids, meta, state)
     if rank == 0:
-        print(f"\ntrained {cfg.steps - state.get('step', 0)} of {cfg.steps} steps; "
-              f"checkpoint {cfg.out}/ckpt.pt\n\n{table(result, meta)}")
+        print(f"\ncheckpoint {cfg.out}/ckpt.pt (--resume it with a larger --steps to train on)\n\n"
+              f"{table(result, meta)}")
         if cfg.block_size > 1:     # else no room is left for a prompt and its continuation
             print(sample(model.eval(), val_ids, meta))
         if rest["json"]:
