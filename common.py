@@ -80,8 +80,8 @@ def check_flags(cfg):
 def processes():
     """-> (rank of this process, number of processes), as torchrun sets them; (0, 1) without it"""
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
-        raise UserError("only one of the environment variables RANK and WORLD_SIZE is set: unset "
-                        "it (a cluster's job may have left it), or start with torchrun")
+        raise UserError("only one of the variables RANK and WORLD_SIZE is set: unset it (a "
+                        "cluster's job may have left it), or start with torchrun")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -95,8 +95,8 @@ def pick_device(name):
     if name == "auto":
         name = available[0]
     if name not in available:
-        here = ", ".join(available)
-        raise UserError(f"--device is {name!r}; it must be one of {here} here, or auto")
+        raise UserError(f"--device is {name!r}; it must be one of {', '.join(available)} here, or "
+                        "auto")
     return torch.device(name)
 
 
@@ -161,9 +161,8 @@ def save_checkpoint(path, model, **meta):
 
 def start_log(cfg, model, meta, start):
     """the header line of a run from step `start`: what runs, on what; meta is the dataset's"""
-    device = f"cpu, {torch.get_num_threads()} threads"
-    if model.weight.is_cuda:
-        device = torch.cuda.get_device_name()
+    cpu = f"cpu, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if model.weight.is_cuda else cpu
     append_row(cfg.out, config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config),
                parameters=model.count_parameters(), start=start, commit=git_commit(),
                torch=torch.__version__, device=device, data_sha256=meta["sha256"])
@@ -210,8 +209,8 @@ def load_checkpoint(path, device="cpu"):
         meta = torch.load(path, map_location=device, weights_only=True)
         weights = meta.pop("model")
         for name, weight in weights.items():
-            if not weight.is_floating_point() or not weight.isfinite().all():
-                raise ValueError(f"{name} ({weight.dtype}) has values that are not finite numbers")
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
         # of shapes alone: they are compared before anything is allocated, and a weight that is not
         # loaded can't go unnoticed
         with torch.device("meta"):
@@ -219,9 +218,8 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(weights, assign=True)
         model.to(weights["embed.weight"].dtype)
     except Exception as error:  # of many types
-        raise UserError(f"{path} can't be loaded ({one_line(error)}): it is cut short, damaged, "
-                        "another version's, or not a checkpoint of train.py or extend.py"
-                        ) from error
+        raise UserError(f"{path} can't be loaded ({one_line(error)}): it is cut short, damaged, of "
+                        "another version, or not a checkpoint of train.py or extend.py") from error
     return model.eval(), meta
 
 
@@ -233,17 +231,12 @@ LOST_CONNECTION = ("DistBackendError", "DistNetworkError", "DistStoreError",
                    "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
-def make_output_safe():
-    """a character that the output can't encode is printed as an escape: that must not end a run"""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def run(main):
     """call main(). A UserError is shown in one line, with exit code 1; every other exception is a
     mistake in the program and keeps its traceback"""
-    make_output_safe()
+    for stream in (sys.stdout, sys.stderr):    # either may be None
+        if hasattr(stream, "reconfigure"):     # a character that it can't encode must not end a run
+            stream.reconfigure(errors="backslashreplace")
     script = Path(sys.argv[0]).name
     rank = os.environ.get("RANK", "0")
     try:

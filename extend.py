@@ -92,13 +92,6 @@ def new_weights(old, n):
     return ",".join(map(str, weights))
 
 
-def output_folder(path, n):
-    """beside the checkpoint's folder: X/ckpt.pt -> X-8, X/best.pt -> X-best-8"""
-    folder = path.resolve().parent
-    name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"
-    return str(folder.with_name(f"{name}-{n}"))
-
-
 def begin(path, given, heads):
     """a new extension -> (looped model, entries of its checkpoint, TrainConfig)"""
     useless = [f"--{name}" for name in TRAINING if name in given and given.get("steps") == 0]
@@ -107,8 +100,8 @@ def begin(path, given, heads):
                         "leave it out")
     model, meta = load_checkpoint(path)
     m = model.config.n_mtp
-    model = loop_heads(model, heads or 2 * m)
-    n = model.config.n_mtp
+    n = heads or 2 * m
+    model = loop_heads(model, n)
     base = train.stored_config(meta)
     earlier = meta.get("extension", {})
     plan = dict(
@@ -116,8 +109,12 @@ def begin(path, given, heads):
         copied_from=earlier.get("copied_from", [0] * m) + [k % m + 1 for k in range(m, n)],
         first_steps=earlier.get("first_steps", base.steps),
     )
-    cfg = extension_config(base, {"out": output_folder(path, n), **given}, plan, n)
-    if Path(cfg.out).resolve() == path.resolve().parent:
+    # beside the checkpoint's folder: X/ckpt.pt -> X-8, X/best.pt -> X-best-8
+    folder = path.resolve().parent
+    name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"
+    out = str(folder.with_name(f"{name}-{n}"))
+    cfg = extension_config(base, {"out": out, **given}, plan, n)
+    if Path(cfg.out).resolve() == folder:
         raise UserError(f"--out {cfg.out} is the folder of {path} itself, which would be "
                         "overwritten; give another one")
     return model, dict(tokenizer=meta["tokenizer"], extension=plan), cfg
@@ -134,17 +131,14 @@ def resume(path, given, heads):
     return train.resume(path, given, "extend.py")
 
 
-def comparison(before, after, m):
-    lines = [f"{'head':>5} {'AR copied':>10} {'trained':>8}   {'CAR copied':>10} {'trained':>8}"]
-    for k in range(len(after["ar"])):
-        frozen = "   frozen" if k < m else ""
-        lines.append(f"{k + 1:>5} {before['ar'][k]:10.3f} {after['ar'][k]:8.3f}   "
-                     f"{before['car'][k]:10.3f} {after['car'][k]:8.3f}{frozen}")
+def comparison(before, after, m, meta):
+    """the tables of the copied and of the trained heads, and what both bring, as text"""
     first = 1 + sum(before["car"][:m])
-    lines.append(f"tokens per forward: {first:.2f} with {m} heads, "
-                 f"{before['tokens_per_forward']:.2f} copied, "
-                 f"{after['tokens_per_forward']:.2f} trained")
-    return "\n".join(lines)
+    return (f"copied:\n{train.table(before, meta)}\n\n"
+            f"trained (heads 1 to {m} are frozen):\n{train.table(after, meta)}\n\n"
+            f"tokens per forward: {first:.2f} with {m} heads, "
+            f"{before['tokens_per_forward']:.2f} copied, "
+            f"{after['tokens_per_forward']:.2f} trained")
 
 
 def main():
@@ -177,7 +171,7 @@ def main():
         plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
     freeze_all_but(model, range(m, n))
     after = train.train(model, cfg, *data, state)
-    print(comparison(plan["before"], after, m))
+    print(comparison(plan["before"], after, m, data_meta))
     print(f"checkpoint {cfg.out}/ckpt.pt")
     if rest["json"]:
         print(json.dumps(dict(before=plan["before"], after=after)))

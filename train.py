@@ -43,8 +43,8 @@ from model import GPT, GPTConfig
 # what differs from the defaults below; those are nanoGPT's shakespeare_char
 PRESETS = {
     "tiny": dict(
-        n_layer=12, n_head=3, n_embd=96, embed_std=0.05, block_size=128, batch_size=8, steps=600,
-        lr=3e-3, warmup=40, eval_every=300, eval_windows=128,
+        tokenizer="bpe:2048", n_layer=12, n_head=3, n_embd=96, embed_std=0.05, block_size=128,
+        batch_size=8, steps=600, lr=3e-3, warmup=40, eval_every=300, eval_windows=128,
     ),
     "small": dict(
         data="python", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
@@ -75,12 +75,11 @@ class TrainConfig:
     n_mtp: int = flag(4, "MTP heads K; 0: a plain GPT")
     block_size: int = flag(256, "context length T, in tokens")
     dropout: float = flag(0.0, "dropout rate")
-    embed_std: float = flag(0.02, "std of the embedding's initial weights; narrow models learn "
-                            "faster with more")
+    embed_std: float = flag(0.02, "std of the embedding's initial weights; more for narrow models")
     # optimisation
     steps: int = flag(1000, "optimizer steps")
-    schedule_steps: int = flag(0, "steps over which --lr decays and --kl_start counts; 0: --steps; "
-                               "with --resume: as before")
+    schedule_steps: int = flag(0, "steps of the schedule of --lr and the KL; 0: --steps; with "
+                               "--resume: as before")
     batch_size: int = flag(32, "windows of T tokens per optimizer step, over all GPUs", min=1)
     micro_batch: int = flag(0, "windows per forward; fewer need less memory and give the same "
                             "result (but for dropout); 0: all at once")
@@ -105,8 +104,7 @@ class TrainConfig:
     # evaluation and device
     eval_every: int = flag(250, "steps between evaluations; a checkpoint is written at each", min=1)
     keep_best: bool = flag(False, "write OUT/best.pt too, at each lowest validation loss so far")
-    eval_windows: int = flag(64, "validation windows: always the same, from the start, without "
-                             "overlap", min=1)
+    eval_windows: int = flag(64, "validation windows, always the first ones", min=1)
     log_every: int = flag(10, "steps between rows of log.jsonl", min=1)
     device: str = flag("auto", "cpu | cuda | mps (untested); auto: cuda if there is one, else cpu")
     dtype: str = flag("auto", "float32 | bfloat16 | float64; auto: bfloat16 autocast where the GPU "
@@ -134,11 +132,11 @@ def make_config(given):
     cfg = TrainConfig(**{"out": f"out/{preset}", **defaults, **given, "preset": preset})
     if "tokenizer" not in given and cfg.data != defaults.get("data", TrainConfig.data):
         cfg.tokenizer = ""     # the preset's vocabulary was chosen for the preset's data
-    if cfg.steps == 0:
-        raise UserError("--steps is 0; it must be at least 1")
-    if "tokenizer" in given and (Path(cfg.data) / "meta.json").exists():
+    if cfg.tokenizer and (Path(cfg.data) / "meta.json").exists():
         raise UserError(f"--tokenizer {cfg.tokenizer} has no effect: {cfg.data} is already "
                         "tokenized; leave the flag out, or give the text itself as --data")
+    if cfg.steps == 0:
+        raise UserError("--steps is 0; it must be at least 1")
     return check(cfg)
 
 
@@ -173,7 +171,7 @@ def head_weights(cfg):
         try:
             values = [float(part) for part in text.split(",")]
         except ValueError:
-            values = [math.nan]
+            values = []
         if len(values) == 1:
             values = values * cfg.n_mtp
         if len(values) != cfg.n_mtp or not all(0 <= x < math.inf for x in values):
@@ -343,7 +341,6 @@ def compile_model(model, cfg, tokens, dtype):
         return grad_function, why
     try:
         if compiling:
-            torch._dynamo.config.recompile_limit = 256         # of results/bench.py's many losses
             model.compile(dynamic=False)
         with autocast(tokens.device, dtype):
             hidden = model(tokens[:, :-1])
@@ -478,7 +475,7 @@ def evaluate_and_save(model, cfg, val_ids, dtype, state):
     with the evaluation of its checkpoint. -> the evaluation"""
     out = Path(cfg.out)
     step = state["step"]
-    total = sum(float(p.sum()) for p in model.parameters())    # not finite if one weight isn't
+    total = sum(float(p.detach().sum()) for p in model.parameters())       # finite if all weights are
     check_finite(cfg, "sum of all weights", total, step)
     save_checkpoint(out / "ckpt.pt", model, **state)
     result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
@@ -549,8 +546,11 @@ def resume(path, given, writer="train.py"):
     if not state.get("optimizer", {}).get("state"):
         raise UserError(f"{path} has no optimizer state, so that training can't continue exactly; "
                         "resume another checkpoint, or train anew")
-    kept = {"out": str(Path(path).parent), "schedule_steps": stored.schedule_steps or stored.steps}
-    cfg = dataclasses.replace(stored, **{**kept, **given})
+    cfg = dataclasses.replace(stored, **{
+        "out": str(Path(path).parent),
+        "schedule_steps": stored.schedule_steps or stored.steps,
+        **given,
+    })
     target = Path(cfg.out) / "ckpt.pt"
     if target.exists() and not target.samefile(path):
         raise UserError(f"{target} is another checkpoint, which resuming {path} would overwrite; "

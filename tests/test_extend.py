@@ -164,7 +164,10 @@ def test_no_steps_is_only_the_copy(base, tmp_path, monkeypatch, capsys):
     assert result["before"] == result["after"] and len(result["after"]["car"]) == 5
     assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1]
     assert meta["step"] == 0 and meta["tokenizer"] == first["tokenizer"]
-    assert "[1, 2, 1]" in out and out.count("frozen") == 2 and "copied" in out
+    assert "[1, 2, 1]" in out and "heads 1 to 2 are frozen" in out
+    car = result["before"]["car"]
+    assert f"{1 + sum(car[:2]):.2f} with 2 heads, {1 + sum(car):.2f} copied" in out
+    assert out.count("token +6") == 2  # two tables of 5 heads
 
 
 @pytest.mark.parametrize("n", [8, 16])
@@ -290,7 +293,7 @@ def test_resuming_an_extension_equals_not_stopping(base, tmp_path, monkeypatch):
     assert [row.get("start", row.get("step")) for row in rows] == [0, 1, 2, 3, 4, 5, 4, 5, 6]
     shown = []
 
-    def comparison(before, after, m):
+    def comparison(before, after, *_):
         shown.append((before["loss"], after["loss"]))
     monkeypatch.setattr(extend, "comparison", comparison)
     # nothing is left to do, and nothing happens ..
