@@ -72,7 +72,7 @@ def test_more_tokens_than_the_context_takes(toys, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv,message", [
-    (["two.pt", "--prompt", ""], "--prompt is empty"),
+    (["two.pt", "--prompt", ""], "prompt is empty"),
     (["two.pt", "--heads", 3], "has 2 MTP heads"),
     (["two.pt", "--temperature", -1], "--temperature is -1"),
     (["two.pt", "--top_k", -2], "--top_k is -2"),

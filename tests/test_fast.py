@@ -181,9 +181,9 @@ def test_attention_is_the_models():
     caches = [(rand(2, 2, 16, 16, seed=4), rand(2, 2, 16, 16, seed=5)) for _ in range(2)]
     x, pos = rand(2, 3, 32), torch.tensor([[5, 6, 7], [0, 0, 1]], device=DEVICE)
     x[1, 1] = x[1, 0]                                          # near the start of a text, a draft does row 0 repeatedly
-    where = gpt.positions(model.Cache(config, 2, 16, DEVICE), pos)
+    positions = gpt.positions(model.Cache(gpt, 2, 16, 1), pos)
     with torch.no_grad():
-        want = attn(x, where.rope, caches[0], where)
+        want = attn(x, positions, caches[0])
         qkv = attn.qkv(x)
         got = fast.decode.attention(qkv, gpt.rope, caches[1], pos, 2)
         torch.testing.assert_close(attn.proj(got), want, rtol=1e-5, atol=1e-5)
@@ -292,10 +292,10 @@ for dtype in (torch.bfloat16, torch.float32):
     for d, heads in ((384, 6), (256, 2), (1280, 10)):
         gpt = model.GPT(model.GPTConfig(9000, 32, 1, heads, d, 2)).to(dtype)
         steps = fast.decode.FastModel(gpt)
-        cache, pos = model.Cache(gpt.config, 1, 20, None, dtype), torch.tensor([[4, 5, 6]])
-        where = steps.positions(cache, pos)
-        steps.trunk_step(pos, cache, where)
-        steps.head_step(1, pos, cache, where)
+        cache, pos = model.Cache(gpt, 1, 20, 2), torch.tensor([[4, 5, 6]])
+        positions = steps.positions(cache, pos)
+        steps.trunk_step(pos, cache, positions)
+        steps.head_step(1, pos, cache, positions)
         steps.logits(0, torch.zeros(1, 3, d, dtype=dtype))
 for K, n in ((4, 8), (0, 0)):
     logits = torch.zeros(K + 1, 2, 50304, dtype=torch.bfloat16)

@@ -131,9 +131,9 @@ def test_changing_a_token_changes_nothing_before_it():
 # ---- the cache
 
 
-def caches(model, batch, slots, **more):
+def caches(model, batch, slots, heads):
     """filled with huge numbers: a stale slot that is seen, however faintly, shows (not NaN: 0 * NaN is NaN)"""
-    cache = Cache(model.config, batch, slots, dtype=torch.float64, **more)
+    cache = Cache(model, batch, slots, heads)
     for tensor in [t for pair in cache.kv for t in pair] + cache.hidden:
         tensor.fill_(1e6)
     return cache
@@ -147,7 +147,7 @@ def test_cached_steps_with_rollbacks_equal_the_full_forward(seed):
     model, tokens = make_model(K, block_size=T + K), draw(B, T + K, seed=seed)  # T + K: each head has its last token
     wrong = (tokens + 1 + draw(B, T + K, seed=99) % 12) % 13                    # differs everywhere
     want = model.all_logits(tokens)
-    cache, gen = caches(model, B, T + K), torch.Generator().manual_seed(seed)
+    cache, gen = caches(model, B, T + K, K), torch.Generator().manual_seed(seed)
     done, checked = torch.zeros(B, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
     row = torch.arange(B)[:, None]
 
@@ -175,7 +175,7 @@ def test_a_position_twice_in_one_step_is_written_once_more_the_same():
     # a draft past the end is clamped to the last slot (decode.py): the same position, token and hidden state repeat
     model, tokens = make_model(1), draw(1, 8)
     want = model.all_logits(tokens)
-    cache = caches(model, 1, 8)
+    cache = caches(model, 1, 8, 1)
     for pos in ([0, 1, 2, 3], [4, 5, 6, 6, 6]):
         pos = torch.tensor([pos])
         at = pos[0]
@@ -188,7 +188,7 @@ def test_a_position_twice_in_one_step_is_written_once_more_the_same():
 @pytest.mark.parametrize("heads", [0, 1])
 def test_a_cache_for_fewer_heads_than_the_model_has(heads):
     model, tokens, pos = make_model(2), draw(1, 6), torch.arange(5)[None]
-    cache, want = caches(model, 1, 6, heads=heads), model.all_logits(tokens)
+    cache, want = caches(model, 1, 6, heads), model.all_logits(tokens)
     assert (len(cache.kv), len(cache.hidden)) == (SHAPE["n_layer"] + heads, heads)
     pos = model.positions(cache, pos)
     close(model.logits(0, model.trunk_step(tokens[:, :5], cache, pos)), want[0][:, :5], 1e-10, "trunk")
