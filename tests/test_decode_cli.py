@@ -48,8 +48,8 @@ def test_text_and_statistics(toys, monkeypatch, capsys, more):
         assert result["forwards"] == 19
     if "--trace" in more:  # a line for the prefill and one per round: the tokens emitted
         lines = [line for line in out.splitlines() if "|main" in line or "|1" in line]
-        words = [word for line in lines for word in line.split("  ") if "|" in word]
-        emitted = [word for word in words if not word.endswith("|rejected")]
+        parts = [part for line in lines for part in line.split("  ") if "|" in part]
+        emitted = [part for part in parts if not part.endswith("|rejected")]
         assert len(emitted) == 20 and len(lines) == result["forwards"] + 1
 
 

@@ -1,4 +1,5 @@
-"""fast/ against distill.py and decode.py: on a GPU as it is; without one, by Triton's interpreter (conftest.py asks for it)."""
+"""fast/ against distill.py and decode.py: on a GPU as it is; without one, by Triton's
+interpreter (conftest.py asks for it)."""
 import os
 import subprocess
 import sys
@@ -15,8 +16,12 @@ import model
 import train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDED = (3, 5) if DEVICE == "cuda" else (3, 7)                # before 3.7, the interpreter stumbles over today's NumPy
-pytestmark = pytest.mark.skipif(fast.loss.triton_version() < NEEDED, reason=f"needs Triton {NEEDED[0]}.{NEEDED[1]} (it comes with PyTorch for CUDA)")
+# before 3.7, the interpreter stumbles over today's NumPy
+NEEDED = (3, 5) if DEVICE == "cuda" else (3, 7)
+pytestmark = pytest.mark.skipif(
+    fast.loss.triton_version() < NEEDED,
+    reason=f"needs Triton {NEEDED[0]}.{NEEDED[1]} (it comes with PyTorch for CUDA)"
+)
 
 
 def distinct(*shape, V, seed):
@@ -30,31 +35,44 @@ def distinct(*shape, V, seed):
 
 def slow(logits, targets, alpha, beta, n):
     """distill.py's loss, in float64"""
-    return distill.loss_and_grad(logits.double(), targets, alpha.double(), beta.double(), n, "forward", True)
+    return distill.loss_and_grad(
+        logits.double(), targets, alpha.double(), beta.double(), n, "forward", True
+    )
 
 
-@pytest.mark.parametrize("R, V, n", [(1, 40, 0), (3, 40, 0), (3, 40, 7), (2, 40, 1), (3, 40, 40), (5, 70, 33), (2, 64, 63)])
+@pytest.mark.parametrize(
+    "R, V, n",
+    [(1, 40, 0), (3, 40, 0), (3, 40, 7), (2, 40, 1), (3, 40, 40), (5, 70, 33), (2, 64, 63)]
+)
 def test_same_as_distill(R, V, n, monkeypatch):
-    monkeypatch.setattr(fast.loss, "BLOCK", 16)                  # rows take several blocks, the last one a part
+    # rows take several blocks, the last one a part
+    monkeypatch.setattr(fast.loss, "BLOCK", 16)
     C, gen = 2, torch.Generator().manual_seed(V + n + R)
     logits, targets = distinct(R, C, V=V, seed=n), torch.randint(V, (C,), generator=gen).to(DEVICE)
-    alpha, beta = torch.tensor([1.0, 0.3, 0.2, 0.0, 0.5])[:R].to(DEVICE), torch.tensor([0.5, 0.7, 1.0, 0.1])[: R - 1].to(DEVICE)
+    alpha, beta = torch.tensor(
+        [1.0, 0.3, 0.2, 0.0, 0.5]
+    )[:R].to(DEVICE), torch.tensor([0.5, 0.7, 1.0, 0.1])[: R - 1].to(DEVICE)
     before = logits.clone()
     ce, kl, grad = fast.loss.loss_and_grad(logits, targets, alpha, beta, n)
     want = slow(logits, targets, alpha, beta, n)
     assert torch.equal(logits, before) and grad.dtype == torch.bfloat16
     torch.testing.assert_close(ce.double(), want[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kl.double(), want[1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(grad.double(), want[2], rtol=2**-7, atol=1e-6)       # bf16 keeps 8 bits; the interpreter cuts, a GPU rounds
+    # bf16 keeps 8 bits; the interpreter cuts, a GPU rounds
+    torch.testing.assert_close(grad.double(), want[2], rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 5, "zero", 63, 64])
 def test_the_border_lets_the_n_largest_in(n):
-    """of both signs, zeros of both signs, and equals: all that are no smaller than the n-th largest count"""
+    """of both signs, zeros of both signs, and equals: all that are no smaller than the n-th
+    largest count"""
     V = 64
     special = torch.tensor([0.0, -0.0, 2.0, 2.0, 2.0, -1.0, -1.0, 1e-30])
-    row = torch.cat((torch.randn(V - len(special), generator=torch.Generator().manual_seed(1)), special))
-    n = int((row > 0).sum()) + 1 if n == "zero" else n         # zero: the border is 0.0, and -0.0 is no smaller
+    row = torch.cat(
+        (torch.randn(V - len(special), generator=torch.Generator().manual_seed(1)), special)
+    )
+    # zero: the border is 0.0, and -0.0 is no smaller
+    n = int((row > 0).sum()) + 1 if n == "zero" else n
     logits = row.bfloat16().expand(1, 2, V).contiguous().to(DEVICE)
     out = torch.zeros(3, 2, device=DEVICE)
     fast.loss.teacher_kernel[(2,)](logits, out, n, 2, V, 16)
@@ -68,15 +86,20 @@ def test_the_border_lets_the_n_largest_in(n):
 
 @pytest.mark.parametrize("V, n", [(9, 0), (9, 4), (4096, 0)])
 def test_a_vocabulary_shorter_than_a_block(V, n):
-    """threads that never see a word add nothing"""
-    logits, targets = distinct(2, 1, V=V, seed=1) if V < 100 else rand(2, 1, V).bfloat16(), torch.tensor([V - 1], device=DEVICE)
+    """threads that never see a token add nothing"""
+    logits, targets = distinct(
+        2, 1, V=V, seed=1
+    ) if V < 100 else rand(2, 1, V).bfloat16(), torch.tensor([V - 1], device=DEVICE)
     alpha, beta = torch.tensor([1.0, 0.3], device=DEVICE), torch.tensor([0.5], device=DEVICE)
-    for got, want in zip(fast.loss.loss_and_grad(logits, targets, alpha, beta, n), slow(logits, targets, alpha, beta, n)):
+    for got, want in zip(
+        fast.loss.loss_and_grad(logits, targets, alpha, beta, n),
+        slow(logits, targets, alpha, beta, n)
+    ):
         torch.testing.assert_close(got.double(), want.double(), rtol=2**-7, atol=1e-5)
 
 
 def test_a_student_far_from_the_teacher():
-    """N = 1: P~ and Q~ are both all on one word, however little the student gives it"""
+    """N = 1: P~ and Q~ are both all on one token, however little the student gives it"""
     logits = torch.zeros(2, 1, 40, dtype=torch.bfloat16, device=DEVICE)
     logits[0, 0, 3], logits[1, 0, 7], logits[1, 0, 3] = 4.0, 40.0, -40.0
     alpha, beta = torch.zeros(2, device=DEVICE), torch.ones(1, device=DEVICE)
@@ -86,14 +109,17 @@ def test_a_student_far_from_the_teacher():
 
 def test_a_head_without_beta_has_no_kl():
     logits, targets = distinct(3, 2, V=40, seed=1), torch.tensor([3, 5], device=DEVICE)
-    alpha, beta = torch.tensor([1.0, 0.3, 0.3], device=DEVICE), torch.tensor([0.0, 0.5], device=DEVICE)
+    alpha, beta = torch.tensor(
+        [1.0, 0.3, 0.3], device=DEVICE
+    ), torch.tensor([0.0, 0.5], device=DEVICE)
     _, kl, grad = fast.loss.loss_and_grad(logits, targets, alpha, beta, 8)
     assert kl[0] == 0 and kl[1] > 0
     assert torch.equal(grad[1], fast.loss.loss_and_grad(logits, targets, alpha, 0 * beta, 0)[2][1])
 
 
 def test_the_whole_loss_through_mtp_loss():
-    """mtp_loss with the kernels equals mtp_loss without, on bf16 hidden states: values and gradients"""
+    """mtp_loss with the kernels equals mtp_loss without, on bf16 hidden states: values and
+    gradients"""
     gen = torch.Generator().manual_seed(0)
     hidden = [torch.randn(2, 5 - k, 16, generator=gen).bfloat16().to(DEVICE) for k in range(3)]
     weight = torch.randn(50, 16, generator=gen).bfloat16().to(DEVICE)
@@ -101,7 +127,9 @@ def test_the_whole_loss_through_mtp_loss():
     results = []
     for function in (distill.loss_and_grad, fast.loss.loss_and_grad):
         leaves = [x.clone().requires_grad_() for x in (weight, *hidden)]
-        loss, ce, kl = distill.mtp_loss(leaves[1:], leaves[0], targets, top_n=50, chunk_logits=400, grad_function=function)
+        loss, ce, kl = distill.mtp_loss(
+            leaves[1:], leaves[0], targets, top_n=50, chunk_logits=400, grad_function=function
+        )
         results.append([loss.detach(), ce, kl, *torch.autograd.grad(loss, leaves)])
     for got, want in zip(*results):
         torch.testing.assert_close(got.float(), want.float(), rtol=0.03, atol=0.01)
@@ -135,34 +163,49 @@ def rand(*shape, seed=0):
 def test_linear_is_torchs(T, d_in, d_out, norm, relu, residual):
     x, weight = rand(1, T, d_in), rand(d_out, d_in, seed=1)
     g, r = (rand(d_in, seed=2) if norm else None), (rand(1, T, d_out, seed=3) if residual else None)
-    want = torch.nn.functional.linear(x if g is None else torch.nn.functional.rms_norm(x, (d_in,), g, 1e-5), weight)
+    want = torch.nn.functional.linear(
+        x if g is None else torch.nn.functional.rms_norm(x, (d_in,), g, 1e-5), weight
+    )
     want = want.relu().square() if relu else want + r if residual else want
-    torch.testing.assert_close(fast.decode.linear(x, weight, g, relu, r), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fast.decode.linear(x, weight, g, relu, r), want, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("many", [32, 0])
 def test_linear_takes_rows_of_a_cache_and_of_a_table(many, monkeypatch):
-    monkeypatch.setattr(fast.decode, "MAX_ROWS", many)                 # 0: the way of the many rows, by torch
+    # 0: the way of the many rows, by torch
+    monkeypatch.setattr(fast.decode, "MAX_ROWS", many)
     norm, norm2 = rand(16, seed=3), rand(16, seed=4)
     rows, rows2 = torch.tensor([[[4, 0, 2], [1, 3, 1]], [[0, 0, 4], [2, 1, 4]]], device=DEVICE)
     cache, table = rand(2, 5, 16), rand(5, 16, seed=2)
     left, right = torch.stack([cache[b, rows[b]] for b in range(2)]), table[rows2]
-    torch.testing.assert_close(fast.decode.linear(cache, rand(8, 16), rows=rows), left @ rand(8, 16).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fast.decode.linear(cache, rand(8, 16), rows=rows), left @ rand(8, 16).T, rtol=1e-4,
+        atol=1e-4
+    )
     both = torch.cat((torch.nn.functional.rms_norm(left, (16,), norm, 1e-5), torch.nn.functional.rms_norm(right, (16,), norm2, 1e-5)), -1)
     copy = torch.zeros(2, 6, 8, device=DEVICE)
     at = torch.tensor([[5, 1, 2], [0, 3, 4]], device=DEVICE)
-    got = fast.decode.linear(cache, rand(8, 32, seed=5), norm, rows=rows, second=(table, norm2, rows2), copy=(copy, at))
+    got = fast.decode.linear(
+        cache, rand(8, 32, seed=5), norm, rows=rows, second=(table, norm2, rows2), copy=(copy, at)
+    )
     torch.testing.assert_close(got, both @ rand(8, 32, seed=5).T, rtol=1e-4, atol=1e-4)
     for b in range(2):
         assert torch.equal(copy[b, at[b]], got[b]) and copy[b].abs().sum(-1).count_nonzero() == 3
 
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: the interpreter leaves products to numpy")
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="needs a CUDA GPU: the interpreter leaves products to numpy"
+)
 
 
 @on_a_gpu
 def test_a_row_is_the_same_to_the_last_bit_whatever_is_beside_it():
-    x, weight, g = rand(1, 18, 40).bfloat16(), rand(24, 40, seed=1).bfloat16(), rand(40, seed=2).bfloat16()
+    x, weight, g = rand(1, 18, 40).bfloat16(), rand(
+        24, 40, seed=1
+    ).bfloat16(), rand(40, seed=2).bfloat16()
     together = fast.decode.linear(x, weight, norm=g)
     for rows in (slice(0, 1), slice(3, 8), slice(15, 18)):
         assert torch.equal(fast.decode.linear(x[:, rows], weight, norm=g), together[:, rows])
@@ -180,7 +223,8 @@ def test_attention_is_the_models():
     attn, gpt = model.Attention(config).to(DEVICE), model.GPT(config).to(DEVICE)
     caches = [(rand(2, 2, 16, 16, seed=4), rand(2, 2, 16, 16, seed=5)) for _ in range(2)]
     x, pos = rand(2, 3, 32), torch.tensor([[5, 6, 7], [0, 0, 1]], device=DEVICE)
-    x[1, 1] = x[1, 0]                                          # near the start of a text, a draft does row 0 repeatedly
+    # near the start of a text, a draft does row 0 repeatedly
+    x[1, 1] = x[1, 0]
     positions = gpt.positions(model.Cache(gpt, 2, 16, 1), pos)
     with torch.no_grad():
         want = attn(x, positions, caches[0])
@@ -192,7 +236,9 @@ def test_attention_is_the_models():
 
 
 def toy():
-    gpt = model.GPT(model.GPTConfig(vocab_size=11, block_size=12, n_layer=1, n_head=1, n_embd=16, n_mtp=2)).to(DEVICE)
+    gpt = model.GPT(
+        model.GPTConfig(vocab_size=11, block_size=12, n_layer=1, n_head=1, n_embd=16, n_mtp=2)
+    ).to(DEVICE)
     with torch.no_grad():
         for p in gpt.parameters():
             p.copy_(rand(*p.shape, seed=p.numel()) / p.size(-1) ** 0.5)
@@ -219,12 +265,19 @@ def test_nothing_is_left_in_the_model():
     decode.run_decoder(decoder, [[1, 2]], 6)
     after = {name: dict(vars(module)) for name, module in gpt.named_modules()}
     assert {n: v.keys() for n, v in before.items()} == {n: v.keys() for n, v in after.items()}
-    assert all(v[key] is after[n][key] for n, v in before.items() for key in v if not isinstance(v[key], (bool, int, float)))
+    assert all(
+        v[key] is after[n][key] for n,
+        v in before.items() for key in v if not isinstance(v[key], (bool, int, float))
+    )
 
 
 def test_auto_falls_back_and_on_does_not(monkeypatch):
-    for changes, dtype, found in ((dict(n_head=4), torch.float32, "not 8"), ({}, torch.float64, "float64")):
-        config = {**dict(vocab_size=9, block_size=12, n_layer=1, n_head=1, n_embd=32, n_mtp=1), **changes}
+    for changes, dtype, found in (
+        (dict(n_head=4), torch.float32, "not 8"), ({}, torch.float64, "float64")
+    ):
+        config = {
+            **dict(vocab_size=9, block_size=12, n_layer=1, n_head=1, n_embd=32, n_mtp=1), **changes
+        }
         gpt = model.GPT(model.GPTConfig(**config)).to(DEVICE, dtype)
         with pytest.raises(decode.UserError, match=f"{found}.*auto or off"):
             decode.make_decoder(gpt, 1, 8, 1, fast="on")
@@ -250,7 +303,9 @@ def test_auto_falls_back_and_on_does_not(monkeypatch):
 @pytest.mark.parametrize("heads", [1, 4])
 def test_in_bf16_the_text_is_plain_decodings_to_the_last_token(heads):
     torch.manual_seed(0)
-    gpt = model.GPT(model.GPTConfig(vocab_size=512, block_size=256, n_layer=4, n_head=4, n_embd=256, n_mtp=4)).to("cuda", torch.bfloat16)
+    gpt = model.GPT(
+        model.GPTConfig(vocab_size=512, block_size=256, n_layer=4, n_head=4, n_embd=256, n_mtp=4)
+    ).to("cuda", torch.bfloat16)
     for n in range(8):
         prompt = torch.randint(512, (20 + n,)).tolist()
         texts = [decode.generate(gpt, [prompt], 150, heads=k, fast="on")[0] for k in (0, heads)]
@@ -306,10 +361,18 @@ for K, n in ((4, 8), (0, 0)):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_they_compile_for_a_gpu_that_is_not_there(arch):
-    """the interpreter takes more Python than the compiler does; and a consumer GPU has 99 KB of shared memory"""
+    """the interpreter takes more Python than the compiler does; and a consumer GPU has 99 KB of
+    shared memory"""
     root = Path(fast.__file__).parent.parent
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(arch)], capture_output=True, text=True, env=env)
+    env = {
+        **os.environ, "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(arch)], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(done.stdout.split("compiled ")[1:])
-    assert {n.strip() for n in names} == {"skinny_matmul_kernel", "attention_kernel", "teacher_kernel", "loss_grad_kernel"}
+    assert {n.strip() for n in names} == {
+        "skinny_matmul_kernel", "attention_kernel", "teacher_kernel", "loss_grad_kernel"
+    }
