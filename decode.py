@@ -274,6 +274,7 @@ class Decoder:
     buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
     n       (B,) position of the last known token
     limit   (B,) the largest n may become; a sequence with n = limit is finished, rounds leave it
+    drafts  (B, K) what the last round drafted, for --trace
     accepted  (K+1,) histogram: how many forwards accepted 0 .. K drafts
     why     which decoder this is, and why, in words (see make_decoder)
     """
@@ -365,7 +366,7 @@ class Decoder:
     def advance(self):
         draft_probs = self.draft() if self.heads else None
         at, tokens, logits = self.verify()
-        self.drafts = tokens[:, 1:]                       # (B, K), for --trace
+        self.drafts = tokens[:, 1:]
         self.accept(logits, at, tokens, draft_probs)
 
     def window(self, offsets):
@@ -507,7 +508,10 @@ def make_decoder(model, *args, fast="auto", **options):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, watch=None, fast="auto", **options):
+def generate(
+    model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top_k=None, accept="residual",
+    stop_token=None, generator=None, draft_vocab=None, watch=None, fast="auto",
+):
     """
     continue each prompt by up to max_new_tokens tokens, or to the end of the context (block_size),
     or to stop_token (which is emitted too)
@@ -526,7 +530,10 @@ def generate(model, prompts, max_new_tokens, *, watch=None, fast="auto", **optio
     training = model.training
     model.eval()
     try:
-        decoder = make_decoder(model, len(prompts), length, fast=fast, **options)
+        decoder = make_decoder(
+            model, len(prompts), length, heads, temperature, top_k, accept, stop_token, generator,
+            draft_vocab, fast=fast,
+        )
         return run_decoder(decoder, prompts, max_new_tokens, watch)
     finally:
         model.train(training)
