@@ -240,21 +240,14 @@ class Stats:
     accepted"""
 
     forwards: int
-    accepted: list         # accepted[a]: forwards that accepted a drafts
-    drafted: list          # drafted[k]: forwards for which k heads drafted
-    tokens: int            # emitted, each sequence's first one included
-    seconds: float         # without the prefill
+    accepted: list             # accepted[a]: forwards that accepted a drafts
+    drafted: list              # drafted[k]: forwards for which k heads drafted
+    tokens: int                # emitted, each sequence's first one included
+    seconds: float             # without the prefill
     sequences: int
-    decoder: str           # which one ran, and why
-
-    @property
-    def tokens_per_forward(self):
-        """the prefill's token is not a forward's: it is left out"""
-        return (self.tokens - self.sequences) / max(1, self.forwards)
-
-    @property
-    def tokens_per_second(self):
-        return (self.tokens - self.sequences) / (self.seconds or 1.0)
+    tokens_per_forward: float  # these two leave out the prefill's tokens, one per sequence
+    tokens_per_second: float
+    decoder: str               # which one ran, and why
 
 
 # -----------------------------------------------------------------------------
@@ -556,15 +549,19 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     if watch:
         watch(decoder)
     new = [decoder.tokens_from(b, len(prompt)) for b, prompt in enumerate(prompts)]
+    tokens = sum(map(len, new))
+    later = tokens - len(prompts)                         # than the prefill
     accepted = decoder.accepted.tolist()
     forwards = sum(accepted)
     stats = Stats(
         forwards=forwards,
         accepted=accepted,
         drafted=[0] * decoder.heads + [forwards],
-        tokens=sum(map(len, new)),
+        tokens=tokens,
         seconds=seconds,
         sequences=len(prompts),
+        tokens_per_forward=later / max(1, forwards),
+        tokens_per_second=later / max(1e-9, seconds),
         decoder=decoder.why,
     )
     return new, stats
