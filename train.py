@@ -43,12 +43,12 @@ from model import GPT, GPTConfig
 # what differs from the defaults below; those are nanoGPT's shakespeare_char
 PRESETS = {
     "tiny": dict(
-        tokenizer="bpe:2048", n_layer=12, n_head=3, n_embd=96, embed_std=0.05, block_size=128,
-        batch_size=8, steps=600, lr=3e-3, warmup=40, eval_every=300, eval_windows=128,
+        tokenizer="bpe:1024", n_layer=16, n_head=3, n_embd=96, embed_std=0.05, block_size=128,
+        batch_size=8, steps=700, lr=3e-3, warmup=40, eval_every=350, eval_windows=128,
     ),
     "small": dict(
-        data="python", tokenizer="bpe:8192", n_layer=8, n_head=8, n_embd=512, block_size=512,
-        micro_batch=16, steps=1500,
+        data="python", tokenizer="bpe:4096", n_layer=40, n_head=4, n_embd=256, dropout=0.1,
+        steps=1500, lr=2e-3, eval_every=500,
     ),
     "shakespeare": dict(
         data="shakespeare", dropout=0.2, batch_size=64, steps=2000, eval_windows=10000,
@@ -111,8 +111,9 @@ class TrainConfig:
                       "has it", choices=("auto", "float32", "bfloat16", "float64"))
     fast: str = flag("auto", "fused loss (fast/loss.py), on CUDA: auto | on | off",
                      choices=("auto", "on", "off"))
-    compile: str = flag("auto", "torch.compile: off | model; auto: model on CUDA where that works",
-                        choices=("auto", "off", "model"))
+    compile: str = flag("auto", "torch.compile: off | blocks (compiles faster) | model (runs "
+                        "faster); auto: on CUDA, model up to 12 layers, else blocks",
+                        choices=("auto", "off", "blocks", "model"))
 
 
 # flags of earlier versions, and the value that leaves training as it is now
@@ -223,6 +224,7 @@ def train_mode(model):
     model.drop.train(model.weight.requires_grad)               # it drops embeddings
 
 
+@torch.compiler.set_stance("force_eager")      # a few windows are not worth a compilation
 @torch.no_grad()
 def evaluate(model, val_ids, cfg, device, dtype):
     """
@@ -317,15 +319,19 @@ def pick_loss(cfg, device, dtype):
             return loss.loss_and_grad, "fused (fast/loss.py)"
         if cfg.fast == "on":
             raise UserError(f"--fast on can't run here: {why}; use --fast auto or off")
-    if not compiles(cfg, device):
+    if pick_compile(cfg, device) == "off":
         return distill.loss_and_grad, f"plain (distill.py; {why})"
     compiled = torch.compile(distill.mtp_d_loss, dynamic=False)
     return partial(distill.loss_and_grad, loss=compiled), f"plain, compiled (distill.py; {why})"
 
 
-def compiles(cfg, device):
-    """whether torch.compile is to be tried"""
-    return cfg.compile == "model" or cfg.compile == "auto" and device.type == "cuda"
+def pick_compile(cfg, device):
+    """-> off | blocks | model"""
+    if cfg.compile != "auto":
+        return cfg.compile
+    if device.type != "cuda":
+        return "off"
+    return "blocks" if cfg.n_layer > 12 else "model"   # many layers as one piece take minutes
 
 
 def compile_model(model, cfg, tokens, dtype):
@@ -336,12 +342,14 @@ def compile_model(model, cfg, tokens, dtype):
     Where this fails, auto says why and continues with the plain path; what was asked for raises.
     """
     grad_function, why = pick_loss(cfg, tokens.device, dtype)
-    compiling = compiles(cfg, tokens.device)
-    if not compiling and grad_function is distill.loss_and_grad:
+    blocks = [*model.blocks, *model.heads]
+    parts = {"off": [], "blocks": blocks, "model": [model]}[pick_compile(cfg, tokens.device)]
+    if not parts and grad_function is distill.loss_and_grad:
         return grad_function, why
     try:
-        if compiling:
-            model.compile(dynamic=False)
+        torch._dynamo.config.recompile_limit = 256     # head k reads windows of its own length
+        for part in parts:
+            part.compile(dynamic=False)
         with autocast(tokens.device, dtype):
             hidden = model(tokens[:, :-1])
             loss, _, _ = distill.mtp_loss(
@@ -353,7 +361,8 @@ def compile_model(model, cfg, tokens, dtype):
         if cfg.compile != "auto" or cfg.fast == "on":
             raise
         print(f"torch.compile failed ({one_line(error)}); continuing without it")
-        model._compiled_call_impl = None
+        for part in parts:
+            part._compiled_call_impl = None
         grad_function, why = distill.loss_and_grad, "plain (distill.py)"
     model.zero_grad(set_to_none=True)
     return grad_function, why
@@ -513,6 +522,7 @@ def table(result, meta):
     return "\n".join(lines)
 
 
+@torch.compiler.set_stance("force_eager")
 def sample(model, val_ids, meta, temperature=0.8):
     """continue the beginning of the validation text by speculative decoding -> text to print"""
     tokenizer = Tokenizer(meta["tokenizer"])

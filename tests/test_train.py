@@ -685,7 +685,7 @@ def test_weights_of_the_heads():
     ({"warmup": -1}, "--warmup"), ({"clip": -1.0}, "--clip"),
     ({"micro_batch": -1}, "--micro_batch"),
     ({"micro_batch": 3}, "--batch_size is 8; it must be a multiple of 3 .*--micro_batch"),
-    ({"compile": "blocks"}, "--compile is 'blocks'"), ({"alpha": "a"}, "--alpha is 'a'"),
+    ({"compile": "block"}, "--compile is 'block'"), ({"alpha": "a"}, "--alpha is 'a'"),
     ({"alpha": "1,2,3"}, "--alpha is .*2 heads"), ({"beta": "-1"}, "--beta"),
     ({"beta": "nan"}, "--beta"), ({"beta": "inf"}, "--beta"), ({"beta": ""}, "--beta"),
     ({"top_n": 0.0}, "--top_n is 0"), ({"top_n": 2.5}, "--top_n"),
@@ -881,7 +881,7 @@ HOW = ["works", "raises", "raises_mute", "fails_later", "kernels_fail"]
 def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsys, how):
     with monkeypatch.context() as patch:
         break_compile(patch, how)
-        patch.setattr(train, "compiles", lambda cfg, device: True)  # as auto does on CUDA
+        patch.setattr(train, "pick_compile", lambda cfg, device: "model")  # as auto does on CUDA
         model = fit(config(data, tmp_path / "auto", compile="auto"))
     lines = [x for x in capsys.readouterr().out.splitlines() if "torch.compile" in x]
     assert len(lines) == (how != "works")
@@ -889,14 +889,22 @@ def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsy
     assert same(model, fit(config(data, tmp_path / "off")))
 
 
-def test_compile_asked_for_by_name_raises(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["blocks", "model"])
+def test_compile_asked_for_by_name_raises(data, tmp_path, monkeypatch, mode):
     for how in HOW[1:]:
         with monkeypatch.context() as patch, pytest.raises((RuntimeError, AssertionError)):
             break_compile(patch, how)
-            fit(config(data, tmp_path, compile="model"))
-    for mode, cpu, cuda in (("auto", False, True), ("off", False, False), ("model", True, True)):
+            fit(config(data, tmp_path, compile=mode))
+
+
+def test_which_parts_are_compiled(data, tmp_path):
+    cuda = torch.device("cuda")
+    for mode in ("off", "blocks", "model"):
         cfg = config(data, tmp_path, compile=mode)
-        assert train.compiles(cfg, CPU) == cpu and train.compiles(cfg, torch.device("cuda")) == cuda
+        assert train.pick_compile(cfg, CPU) == train.pick_compile(cfg, cuda) == mode
+    for n_layer, mode in ((12, "model"), (13, "blocks")):
+        cfg = config(data, tmp_path, compile="auto", n_layer=n_layer)
+        assert train.pick_compile(cfg, CPU) == "off" and train.pick_compile(cfg, cuda) == mode
 
 
 # ---- best.pt
