@@ -1,10 +1,11 @@
 """
-reproduce.py: the paper in miniature. Trains and measures most of what README.md quotes, and draws its figures.
+reproduce.py: the paper in miniature. Trains and measures most of what README.md quotes, and draws
+its figures.
 
-    python results/reproduce.py --scale tiny                  2 CPU cores, one seed
-    python results/reproduce.py --scale gpu --prose TEXT      one CUDA GPU, three seeds, all parts
-    python results/reproduce.py --scale gpu --part effect     one part or several, see below
-    python results/reproduce.py --scale gpu --part tables     only tables.md and the figures, from the rows so far
+    python results/reproduce.py --scale tiny                2 CPU cores, one seed
+    python results/reproduce.py --scale gpu --prose TEXT    one CUDA GPU, three seeds, all parts
+    python results/reproduce.py --scale gpu --part effect   one part or several, see below
+    python results/reproduce.py --scale gpu --part tables   tables.md and the figures again
 
 Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
         entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
@@ -15,10 +16,10 @@ Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with -
         cost      time and memory of training steps (needs the computer to itself)
         nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
 
-Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run that has a row is
-not run again, so an interrupted call continues where it stopped. Checkpoints go to --work (out/reproduce); entropy,
-extend and speed read them, and make those again that are gone. --prose takes a text file (its vocabulary is trained
-here) or a prepared folder.
+Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run
+that has a row is not run again, so an interrupted call continues where it stopped. Checkpoints go
+to --work (out/reproduce); entropy, extend and speed read them, and make those again that are gone.
+--prose takes a text file (its vocabulary is trained here) or a prepared folder.
 """
 
 import argparse
@@ -40,22 +41,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import tables  # noqa: E402
 import torch  # noqa: E402
 
-from common import git_commit  # noqa: E402
+from common import UserError, git_commit, run  # noqa: E402
 
 MODEL = {
     "tiny": "--preset tiny --eval_windows 200",
-    "gpu": "--preset small --n_layer 8 --n_head 6 --n_embd 384 --block_size 256 --batch_size 32 --micro_batch 32 "
-           "--steps 1000 --warmup 100 --lr 1.5e-3 --eval_windows 400 --compile blocks --log_every 100",
+    "gpu": "--preset small --n_layer 8 --n_head 6 --n_embd 384 --block_size 256 --batch_size 32 "
+           "--micro_batch 32 --steps 1000 --warmup 100 --lr 1.5e-3 --eval_windows 400 "
+           "--compile blocks --log_every 100",
 }
 SEEDS = {"tiny": (1,), "gpu": (1, 2, 3)}
 PAPER = "--kl_start 0 --kl_ramp 0"             # the KL from the first step, as in the paper
 ABLATION = {                                   # K = 1; what differs from the default recipe
-    "default": "", "MTP": "--beta 0", "paper: KL from step 0": PAPER, "start 0.5": "--kl_start 0.5",
-    "no detach": "--no-detach_teacher", "no detach, step 0": "--no-detach_teacher " + PAPER,
-    "N = V": "--top_n 1000000", "N = 0.8 %": "--top_n 0.008", "N = 16": "--top_n 16", "N = 1": "--top_n 1",
-    "beta 0.3": "--beta 0.3", "beta 1.5": "--beta 1.5", "reverse KL": "--kl reverse", "total variation": "--kl tv",
+    "default": "",
+    "MTP": "--beta 0",
+    "paper: KL from step 0": PAPER,
+    "start 0.5": "--kl_start 0.5",
+    "no detach": "--no-detach_teacher",
+    "no detach, step 0": "--no-detach_teacher " + PAPER,
+    "N = V": "--top_n 1000000",
+    "N = 0.8 %": "--top_n 0.008",
+    "N = 16": "--top_n 16",
+    "N = 1": "--top_n 1",
+    "beta 0.3": "--beta 0.3",
+    "beta 1.5": "--beta 1.5",
+    "reverse KL": "--kl reverse",
+    "total variation": "--kl tv",
 }
-TWINS = {"default": "MTP-D", "MTP": "MTP"}     # rows of the ablation that the part effect has made already
+TWINS = {"default": "MTP-D", "MTP": "MTP"}     # what the part effect has trained already
 EXTEND_STEPS = {"tiny": "", "gpu": "--steps 200 --compile off"}
 
 
@@ -74,8 +86,8 @@ class Runner:
         self.makers = {}                       # folder -> the job that writes it
         self.gpus = torch.cuda.device_count()
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            with open(self.path, "a", encoding="utf-8") as file:     # after a half line, the next row begins its own
-                file.write("\n")
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n")               # after a half line, the next row begins its own
 
     def add(self, **row):
         device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
@@ -104,7 +116,8 @@ class Runner:
         result = json.loads(done.stdout.strip().splitlines()[-1])
         seconds = time.time() - begin
         shown = "python " + " ".join(c.replace(str(ROOT) + os.sep, "") for c in command)
-        self.add(name=name, part=part, command=shown, seconds=round(seconds, 1), result=shorten(result), **labels)
+        self.add(name=name, part=part, command=shown, seconds=round(seconds, 1),
+                 result=shorten(result), **labels)
         brief = result.get("after", result) if isinstance(result, dict) else {}
         text = f"{name}: {seconds:.0f} s"
         if "car" in brief:
@@ -118,8 +131,8 @@ class Runner:
         mine = visible.split(",") if visible else range(self.gpus)
         if self.gpus > 1:
             env["CUDA_VISIBLE_DEVICES"] = str(mine[gpu])
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8",
-                              cwd=ROOT, env=env)
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                              encoding="utf-8", cwd=ROOT, env=env)
 
     def side_by_side(self, function, jobs, each):
         """function(job, gpu) for all jobs, `each` at a time on each GPU"""
@@ -141,17 +154,26 @@ class Runner:
         """jobs (name, part, command, labels); each=1 for those that are timed"""
         jobs = [job for job in jobs if not self.has(job[0])]
         self.restore(jobs)
-        self.side_by_side(lambda job, gpu: self.run(*job[:3], gpu=gpu, **job[3]), jobs, each or self.parallel)
+
+        def run_job(job, gpu):
+            self.run(*job[:3], gpu=gpu, **job[3])
+
+        self.side_by_side(run_job, jobs, each or self.parallel)
 
     def restore(self, jobs):
-        """make the checkpoints again that these jobs read, that have a row and whose files are gone: runs.jsonl is in
-        the repository, checkpoints are not. No new row"""
-        needed = {Path(c).parent for job in jobs for c in job[2] if c.endswith("ckpt.pt") and not (ROOT / c).exists()}
+        """make the checkpoints again that these jobs read, that have a row and whose files are
+        gone: runs.jsonl is in the repository, checkpoints are not. No new row"""
+        needed = set()
+        for _, _, command, _ in jobs:
+            for word in command:
+                if word.endswith("ckpt.pt") and not (ROOT / word).exists():
+                    needed.add(Path(word).parent)
         makers = [self.makers[folder] for folder in sorted(needed) if folder in self.makers]
         gone = [job for job in makers if self.has(job[0])]
         if gone:
             self.restore(gone)
-            print(f"making {len(gone)} checkpoints again: {', '.join(job[0] for job in gone)}", flush=True)
+            names = ", ".join(job[0] for job in gone)
+            print(f"making {len(gone)} checkpoints again: {names}", flush=True)
             self.side_by_side(lambda job, gpu: self.call(job[2], gpu), gone, self.parallel)
 
 
@@ -164,10 +186,13 @@ def shorten(value):
     return [shorten(v) for v in value] if isinstance(value, list) else value
 
 
+FOLDER = str.maketrans({" ": "_", "/": "_", "%": "p", ":": "", "=": "", ",": ""})
+
+
 def train_job(args, scale, work, name, part, data, seed, more, **labels):
-    out = Path(work) / name.translate(str.maketrans({" ": "_", "/": "_", "%": "p", ":": "", "=": "", ",": ""}))
-    command = ["train.py", *MODEL[scale].split(), "--eval_every", "100000", "--data", data, "--seed", str(seed),
-               "--out", str(out), *more.split(), "--json"]
+    out = Path(work) / name.translate(FOLDER)
+    command = ["train.py", *MODEL[scale].split(), "--eval_every", "100000", "--data", data,
+               "--seed", str(seed), "--out", str(out), *more.split(), "--json"]
     return name, part, command, dict(seed=seed, data=Path(data).name, **labels)
 
 
@@ -179,8 +204,8 @@ def effect_jobs(args, runner, sources):
                 for seed in SEEDS[args.scale]:
                     more = f"{extra} --n_mtp {K} --beta {beta if method == 'MTP-D' else 0}"
                     name = f"{text} K{K} {method} seed{seed}"
-                    jobs.append(train_job(args, args.scale, runner.work, name, "effect", data, seed, more,
-                                          text=text, K=K, method=method))
+                    jobs.append(train_job(args, args.scale, runner.work, name, "effect", data,
+                                          seed, more, text=text, K=K, method=method))
     return jobs
 
 
@@ -234,7 +259,7 @@ def extend_jobs(args, runner, sources, n, source):
     return jobs
 
 
-LOOPS = ((8, ""), (16, "-8"))                  # heads, and the end of the name of the folder that is extended
+LOOPS = ((8, ""), (16, "-8"))                  # heads; how the folder of what is extended ends
 
 
 def extend(args, runner, sources):
@@ -248,8 +273,12 @@ def deep_jobs(args, runner, sources):
     data, extra = sources["python"]
     more = f"{extra} --n_mtp 4 --n_layer 24"
     labels = dict(text="python", K=4, method="MTP-D")
-    return [train_job(args, args.scale, runner.work, f"python deep K4 MTP-D seed{seed}", "deep", data, seed, more,
-                      **labels) for seed in SEEDS[args.scale]]
+    jobs = []
+    for seed in SEEDS[args.scale]:
+        name = f"python deep K4 MTP-D seed{seed}"
+        jobs.append(train_job(args, args.scale, runner.work, name, "deep", data, seed, more,
+                              **labels))
+    return jobs
 
 
 def deep(args, runner, sources):
@@ -275,10 +304,11 @@ def speed(args, runner, sources):
     if gpu:
         for seed in SEEDS["gpu"]:
             deep_ckpt = ckpt(f"deep K4 MTP-D seed{seed}")
-            jobs.append(job(f"speed python deep seed{seed}", "decode", deep_ckpt, "--count", "16", seed=seed))
+            jobs.append(job(f"speed python deep seed{seed}", "decode", deep_ckpt, "--count", "16",
+                            seed=seed))
         for batch in (8, 32):
-            jobs.append(job(f"speed python batch {batch}", "decode", ours, "--heads", "4", "--batch", str(batch),
-                            "--count", str(2 * batch), batch=batch))
+            jobs.append(job(f"speed python batch {batch}", "decode", ours, "--heads", "4",
+                            "--batch", str(batch), "--count", str(2 * batch), batch=batch))
         jobs.append(job("check python deep", "check", ckpt("deep K4 MTP-D seed1"), "--count", "16"))
     runner.all(jobs, each=1)                   # they are timed
 
@@ -291,11 +321,14 @@ def cost(args, runner, sources):
 
 def nanogpt(args, runner, sources):
     if not args.shakespeare:
-        return print("nanogpt: give --shakespeare FOLDER (python data/prepare.py shakespeare makes it)")
+        return print("nanogpt: give --shakespeare FOLDER (python data/prepare.py shakespeare makes "
+                     "it)")
     jobs = []
     for K in (0, 4):
-        command = ["train.py", "--preset", "shakespeare", "--data", args.shakespeare, "--n_mtp", str(K),
-                   "--compile", "blocks", "--log_every", "100", "--out", str(runner.work / f"shakespeare{K}"), "--json"]
+        out = runner.work / f"shakespeare{K}"
+        command = ["train.py", "--preset", "shakespeare", "--data", args.shakespeare,
+                   "--n_mtp", str(K), "--compile", "blocks", "--log_every", "100",
+                   "--out", str(out), "--json"]
         jobs.append((f"shakespeare K{K}", "nanogpt", command, dict(K=K, seed=1)))
     runner.all(jobs)
     for K in (0, 4):
@@ -303,13 +336,17 @@ def nanogpt(args, runner, sources):
         if log.exists() and not runner.has(f"shakespeare K{K} curve"):
             rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
             vals = [row for row in rows if "val" in row]
-            curve = dict(step=[v["step"] for v in vals], val=[round(v["val"]["loss"][0], 4) for v in vals],
-                         ms_per_step=round(statistics.median(row["ms"] for row in rows if "ms" in row), 2))
+            ms = statistics.median(row["ms"] for row in rows if "ms" in row)
+            curve = dict(step=[v["step"] for v in vals],
+                         val=[round(v["val"]["loss"][0], 4) for v in vals],
+                         ms_per_step=round(ms, 2))
             runner.add(name=f"shakespeare K{K} curve", part="nanogpt", result=curve)
 
 
-PARTS = {"effect": effect, "entropy": entropy, "ablation": ablation, "extend": extend, "deep": deep,
-         "nanogpt": nanogpt, "speed": speed, "cost": cost}
+PARTS = {
+    "effect": effect, "entropy": entropy, "ablation": ablation, "extend": extend, "deep": deep,
+    "nanogpt": nanogpt, "speed": speed, "cost": cost,
+}
 
 
 def source(data, flags, tokenizer):
@@ -328,28 +365,37 @@ def all_sources(args):
     return sources
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default, help in (
         ("part", "all", "one of the parts above, several with commas, all, or tables"),
         ("prose", "", "a text of prose, or its prepared folder (gpu scale; optional)"),
-        ("python", "python", "the source-code data: a source of data/prepare.py or a prepared folder"),
+        ("python", "python", "the source code: a source of data/prepare.py or a prepared folder"),
         ("shakespeare", "", "the prepared Shakespeare folder, for the part nanogpt"),
         ("work", "out/reproduce", "folder for checkpoints"),
     ):
         parser.add_argument(f"--{name}", default=default, help=help)
     parser.add_argument("--scale", choices=list(MODEL), default="tiny",
                         help="tiny: CPU, one seed; gpu: one CUDA GPU, three seeds")
-    parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; 0: 6, or 1 on a CPU "
-                        "(not for speed and cost)")
+    parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; "
+                        "0: 6, or 1 on a CPU (not for speed and cost)")
     args = parser.parse_args()
     unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
     if unknown:
-        sys.exit(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, tables")
+        raise UserError(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, "
+                        "tables")
     if args.parallel < 0:
-        sys.exit(f"--parallel is {args.parallel}; it must be 0 or more")
+        raise UserError(f"--parallel is {args.parallel}; it must be 0 or more")
+    return args
+
+
+def main():
+    args = parse()
     sources = all_sources(args)
-    runner = Runner(args.scale, args.work, args.parallel or (6 if args.scale == "gpu" else 1))
+    parallel = args.parallel or (6 if args.scale == "gpu" else 1)
+    runner = Runner(args.scale, args.work, parallel)
     makers = effect_jobs(args, runner, sources) + deep_jobs(args, runner, sources)
     for n, base in LOOPS:
         makers += extend_jobs(args, runner, sources, n, base)
@@ -360,8 +406,8 @@ def main():
             part(args, runner, sources)
     tables.write(runner.folder, runner.rows)
     if runner.failed:
-        sys.exit(f"{runner.failed} runs failed; call it again to run only those")
+        raise UserError(f"{runner.failed} runs failed; call it again to run only those")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
