@@ -6,6 +6,7 @@ its figures.
     python results/reproduce.py --scale gpu --prose TEXT    one CUDA GPU, three seeds, all parts
     python results/reproduce.py --scale gpu --part effect   one part or several, see below
     python results/reproduce.py --scale gpu --part tables   tables.md and the figures again
+    python results/reproduce.py --check [--quick]           does tiny learn what check.py recorded?
 
 Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
         entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
@@ -38,6 +39,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
+import check  # noqa: E402
 import tables  # noqa: E402
 import torch  # noqa: E402
 
@@ -90,7 +92,7 @@ class Runner:
                 file.write("\n")               # after a half line, the next row begins its own
 
     def add(self, **row):
-        device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        device = f"{check.processor()}, {os.cpu_count()} cores"
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         row = dict(row, device=device, torch=torch.__version__, python=platform.python_version(),
@@ -126,7 +128,7 @@ class Runner:
 
     def call(self, command, gpu=0):
         """a process of its own"""
-        env = dict(os.environ)
+        env = {**os.environ, "PYTHONUTF8": "1"}
         visible = env.get("CUDA_VISIBLE_DEVICES")
         mine = visible.split(",") if visible else range(self.gpus)
         if self.gpus > 1:
@@ -367,7 +369,8 @@ def all_sources(args):
 
 def parse():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,                    # --seed is not --seeds, nor --steps of train.py
     )
     for name, default, help in (
         ("part", "all", "one of the parts above, several with commas, all, or tables"),
@@ -381,7 +384,18 @@ def parse():
                         help="tiny: CPU, one seed; gpu: one CUDA GPU, three seeds")
     parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; "
                         "0: 6, or 1 on a CPU (not for speed and cost)")
-    args = parser.parse_args()
+    group = parser.add_argument_group("the check", "other flags go to train.py, such as --beta 0")
+    group.add_argument("--check", action="store_true",
+                       help="train tiny and compare with the record; exit code 1 outside it")
+    group.add_argument("--quick", action="store_true", help="a shorter run, with its own record")
+    group.add_argument("--seed", type=int, default=0,
+                       help="seed of the check; 0: the first after those of the record")
+    group.add_argument("--record", metavar="SEEDS", default="",
+                       help="write the record, with these seeds (with commas), instead of checking")
+    args, args.more = parser.parse_known_args()
+    if not args.check and (args.more or args.quick or args.seed or args.record):
+        parser.error("--quick, --seed, --record and flags of train.py go with --check; got "
+                     + " ".join(sys.argv[1:]))
     unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
     if unknown:
         raise UserError(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, "
@@ -393,6 +407,12 @@ def parse():
 
 def main():
     args = parse()
+    if args.check and args.record:
+        seeds = check.parse_seeds(args.record)
+        return check.make_record(args.more, args.quick, seeds, args.work)
+    if args.check:
+        outside = check.compare_new_run(args.more, args.quick, args.seed, args.work)
+        sys.exit(1 if outside else 0)
     sources = all_sources(args)
     parallel = args.parallel or (6 if args.scale == "gpu" else 1)
     runner = Runner(args.scale, args.work, parallel)

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import train
+from common import UserError
 from model import GPT, GPTConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
+import check  # noqa: E402
 import entropy  # noqa: E402
 import reproduce  # noqa: E402
 import tables  # noqa: E402
@@ -262,3 +264,117 @@ def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
     (tmp_path / "a/ckpt.pt").unlink()
     runner.all([("third", "speed", [], {}), second])                     # all have rows: nothing runs
     assert not (tmp_path / "a/ckpt.pt").exists()
+
+
+# -----------------------------------------------------------------------------
+# check.py
+
+
+SEEDS = [1, 2, 3, 4, 5]
+HEADER = dict(torch="2", commit="1234567", data_sha256="aa")
+
+
+def evaluation(shift=0.0):
+    """as train.py prints it, of one head"""
+    return dict(loss=[4.0 + shift, 4.5], kl=[0.2], ar=[0.7], car=[0.7], tokens_per_forward=1.7)
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """a record of five seeds whose main losses are 4.01 .. 4.05, as on another CPU 4.00, and a
+    train.py that finds `results` -> (its path, what train.py was called with, results)"""
+    path = tmp_path / "check.json"
+    calls = []
+    results = {seed: evaluation(seed / 100) for seed in SEEDS}
+
+    def trained(seed, flags, work, environment=None):
+        calls.append((seed, flags, environment))
+        return (evaluation() if environment else results[seed]), dict(HEADER)
+
+    monkeypatch.setattr(check, "train", trained)
+    monkeypatch.setattr(check, "record_path", lambda quick: path)
+    check.make_record([], True, SEEDS, "work")
+    return path, calls, results
+
+
+def reproduced(monkeypatch, *flags):
+    """-> the exit code of reproduce.py --check"""
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *flags])
+    with pytest.raises(SystemExit) as end:
+        reproduce.main()
+    return end.value.code
+
+
+def test_a_record_has_every_seed_and_one_of_them_as_on_another_cpu(recorded):
+    path, calls, _ = recorded
+    assert [seed for seed, *_ in calls] == [*SEEDS, 1]
+    assert [environment for *_, environment in calls] == [{}] * 5 + [check.OTHER_CPU]
+    assert calls[0][1] == check.TINY + check.QUICK
+    record = check.read_record(path)
+    assert record["values"]["loss main"] == [4.01, 4.02, 4.03, 4.04, 4.05, 4.0]
+    assert list(record["values"]) == [
+        "loss main", "loss 1", "KL 1", "AR 1", "CAR 1", "tokens per forward"]
+    assert record["seeds"] == SEEDS and record["data_sha256"] == "aa"
+    assert (record["commit"], record["torch"]) == ("commit 1234567", "torch 2")
+
+
+# 0.00 .. 0.05 have a standard deviation of 0.0187: allowed are -0.0561 to 0.1061
+@pytest.mark.parametrize("shift, outside", [
+    (0.1061, None), (0.1062, "+0.0001"), (-0.0561, None), (-0.0562, "-0.0001"), (math.nan, "+nan")])
+def test_the_check_is_outside_beyond_three_standard_deviations_of_the_range(
+    shift, outside, recorded, monkeypatch, capsys
+):
+    _, calls, results = recorded
+    results[6] = evaluation(shift)                       # the first seed that is not in the record
+    assert reproduced(monkeypatch, "--quick") == (0 if outside is None else 1)
+    out = capsys.readouterr().out
+    assert calls[-1] == (6, check.TINY + check.QUICK, None)
+    assert ("OUTSIDE" in out) == (outside is not None)
+    assert outside is None or f"OUTSIDE by {outside}\n" in out
+    assert f"{5 if outside else 6} of 6 measures are inside" in out
+
+
+def test_the_check_hands_flags_on_and_wants_a_new_seed_and_the_same_text(
+    recorded, monkeypatch, capsys
+):
+    _, calls, results = recorded
+    results[9] = evaluation(0.03)
+    assert reproduced(monkeypatch, "--seed", "9", "--beta", "0") == 0
+    assert calls[-1][:2] == (9, [*check.TINY, *check.QUICK, "--beta", "0"])
+    monkeypatch.setitem(HEADER, "data_sha256", "bb")
+    assert reproduced(monkeypatch, "--seed", "9") == 1
+    assert "OUTSIDE: the text is another one" in capsys.readouterr().out
+    results[9] = {**evaluation(), "ar": []}
+    for flags, message in ((["--seed", "3"], "is one of the record's"), (["--seed", "9"], "--n_mtp"),
+                           (["--record", "1,2,3,4,5,5"], "five different seeds"),
+                           (["--record", "1,2,3,4"], "five different seeds")):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *flags])
+        with pytest.raises(UserError, match=message):
+            reproduce.main()
+
+
+def test_the_checks_flags_without_it_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--beta", "0"])
+    with pytest.raises(SystemExit) as end:
+        reproduce.main()
+    assert end.value.code == 2 and "go with --check" in capsys.readouterr().err
+
+
+def test_a_run_of_train_py_is_read(tmp_path, monkeypatch):
+    """results from its last line, the rest from its log; what stops it stops the check"""
+    script = """
+import json, os, sys
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = Path(given["--out"])
+out.mkdir(parents=True)
+(out / "log.jsonl").write_text('{"torch": "2"}\\n{}\\n')
+print("text")
+print(json.dumps([given["--seed"], given["--steps"], os.environ["X"]]))
+"""
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    result, header = check.train(3, ["--steps", "1"], "work", {"X": "7"})
+    assert (result, header) == (["3", "1", "7"], {"torch": "2"})
+    with pytest.raises(UserError, match="train.py stopped"):
+        check.train(3, ["--steps", "1"], "work", {"X": "7"})             # its folder is there
