@@ -9,10 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import distill
 import train
 from common import UserError
 from model import GPT, GPTConfig
+from results import bench, cards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
 import check  # noqa: E402
@@ -378,3 +382,119 @@ print(json.dumps([given["--seed"], given["--steps"], os.environ["X"]]))
     assert (result, header) == (["3", "1", "7"], {"torch": "2"})
     with pytest.raises(UserError, match="train.py stopped"):
         check.train(3, ["--steps", "1"], "work", {"X": "7"})             # its folder is there
+
+
+# -----------------------------------------------------------------------------
+# cards.py
+
+
+@pytest.fixture
+def small_card(monkeypatch):
+    """-> (a model on the CPU, its config, [GiB of memory], the sizes tried): a pretended GPU of 80
+    GiB, where a micro-batch of n windows takes 1 + n / 2 GiB"""
+    cfg = train.make_config(dict(
+        preset="tiny", n_layer=1, n_head=2, n_embd=16, n_mtp=1, block_size=8, batch_size=30,
+        compile="off", steps=10,
+    ))
+    memory = [80.0]
+    tried = []
+    step = train.train_step
+
+    def pretend(net, model, optimizer, cfg, at, parts, dtype, grad_function):
+        tried.append((len(parts[0]), len(parts)))
+        if 1 + len(parts[0]) / 2 > memory[0]:
+            model.weight.grad = torch.ones_like(model.weight)             # of a first micro-batch
+            raise torch.OutOfMemoryError("pretended")
+        return step(net, model, optimizer, cfg, at, parts, dtype, grad_function)
+
+    def limit(share):
+        memory[0] = share * 80
+
+    monkeypatch.setattr(train, "train_step", pretend)
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "mem_get_info", lambda: (0, 80 * 2**30))
+    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", limit)
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: (1 + tried[-1][0] / 2) * 2**30)
+    monkeypatch.setattr(cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    return train.new_model(cfg, 11), cfg, memory, tried
+
+
+def test_the_micro_batch_is_halved_until_two_steps_fit(small_card):
+    model, cfg, memory, tried = small_card
+    before = [p.clone() for p in model.parameters()]
+    for gib, size in ((16, 30), (15.9, 15), (8, 6), (3, 3), (2, 1), (1, None)):
+        memory[0] = gib
+        peak = None if size is None else 1 + size / 2
+        assert cards.pick_micro_batch(model, cfg, torch.float32, 30) == (size, peak)
+    # whole steps, twice, of two micro-batches where there are two
+    assert tried[:2] == [(30, 1)] * 2 and tried[2:5] == [(30, 1), (15, 2), (15, 2)]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))     # nothing learned
+
+
+def test_flops_are_those_that_pytorch_counts():
+    """but for attention: here PyTorch multiplies the masked half, too"""
+    cfg = train.make_config(dict(preset="tiny", batch_size=4, block_size=32))
+    for K, tolerance in ((0, 1e-9), (2, 0.04)):           # head k has k rows less; we don't see that
+        config = GPTConfig(64, 32, 2, 2, 16, K)
+        model = GPT(config)
+        tokens = torch.randint(64, (4, 33))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            hidden = model(tokens[:, :-1])
+            distill.mtp_loss(hidden, model.weight, tokens[:, 1:])[0].backward()
+        flops, _ = cards.count_work(config, cfg, 4, 4)
+        masked = 6 * 4 * 32 * (2 + K) * 16 * 32
+        assert flops + masked == pytest.approx(counter.get_total_flops(), rel=tolerance)
+
+
+def test_bytes_of_a_step():
+    """by hand, for one block without heads: d = 16, V = 64, 4 windows of 32 tokens"""
+    cfg = train.make_config(dict(preset="tiny", batch_size=4, block_size=32))
+    weights = 12 * 16 * 16 + 64 * 16
+    for width, size in ((2, 4), (4, 4), (4, 1)):
+        _, moved = cards.count_work(GPTConfig(64, 32, 1, 2, 16, 0), cfg, size, width)
+        activations = 128 * width * (3 * 16 * 42 + 5 * 64)
+        assert moved == activations + weights * (20 * 4 // size + 28)
+
+
+def test_the_estimate_takes_the_same_share_of_the_other_cards_peaks():
+    # at the peaks 1 + 0.5 s in bf16; it takes 3 s: half
+    row = dict(device="NVIDIA H100 80GB HBM3", dtype="bfloat16", flops=989e12, bytes=1675e9,
+               s_per_step=3.0, minutes=60.0)
+    cards.add_estimates(row)
+    assert row["share"] == pytest.approx(0.5) and list(row["estimates"]) == ["RTX 3060", "RTX 4070"]
+    ideal = 989 / 25.5 + 1675 / 360
+    expected = [20 * 2 * ideal, 60 * 3350 / 360, 60 * 989 / 25.5]
+    assert row["estimates"]["RTX 3060"] == pytest.approx(expected)
+    row["dtype"] = "float32"
+    cards.add_estimates(row)
+    assert list(row["estimates"]) == ["T4"] and row["share"] == pytest.approx((989 / 495 + 0.5) / 3)
+    for name in ("NVIDIA GeForce RTX 3060 Ti", "Tesla P40"):                      # no published peak
+        row["device"] = name
+        cards.add_estimates(row)
+        assert row["share"] is None and row["estimates"] == {}
+
+
+def test_cards_are_emulated_timed_and_printed(small_card, monkeypatch, capsys):
+    _, cfg, memory, _ = small_card
+    timed = dict(ms=500.0, peak_gib=1.5, tokens_per_s=7.0, loss="plain")
+    monkeypatch.setattr(bench, "time_steps", lambda models, *rest: [timed])
+    found = cards.measure([cfg], torch.device("cpu"), [4, 8, 1], 1)
+    assert [(r["memory_gb"], r["usable_gib"], r["micro_batch"]) for r in found["fits"]] == [
+        (8, pytest.approx(7.28), 6), (4, pytest.approx(3.64), 3), (1, pytest.approx(0.91), None)]
+    assert memory == [80]                                                         # lifted again
+    (row,) = found["times"]
+    assert (row["micro_batch"], row["s_per_step"]) == (6, 1.25)       # on 8 GB: five, two are timed
+    out = capsys.readouterr().out
+    assert "| 4 GB, emulated: 3.64 GiB | tiny | float32 | 3 | 2.50 |" in out
+    assert "does not fit" in out and "T4: about" in out and "ESTIMATES, not measured" in out
+    with pytest.raises(UserError, match="--memory_gb is 90"):
+        cards.limit_memory(90)
+    cards.limit_memory(0)
+    assert memory == [pytest.approx(72.8)]                                        # this GPU's own
+
+
+def test_a_vocabulary_is_that_of_the_presets_tokenizer():
+    sizes = {name: cards.vocabulary(train.make_config(dict(preset=name))) for name in train.PRESETS}
+    assert sizes["tiny"] == 2048 and sizes["gpt2"] == 50257 and sizes["shakespeare"] == 257
