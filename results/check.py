@@ -173,14 +173,14 @@ def compare_new_run(more, quick, seed, work):
 # the record
 
 
-def parse_seeds(text):
+def parse_seeds(name, text, at_least):
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         seeds = []
-    if len(set(seeds)) < max(5, len(seeds)):
-        raise UserError(f"--record is {text!r}; it must be at least five different seeds, such as "
-                        "1,2,3,4,5")
+    if len(set(seeds)) < max(at_least, len(seeds)):
+        raise UserError(f"--{name} is {text!r}; it must be different seeds, with commas, at least "
+                        f"{at_least}")
     return seeds
 
 

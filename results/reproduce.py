@@ -10,11 +10,14 @@ its figures.
 
 Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
         entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
+        plain     a GPT without heads, beside K = 4: as many steps, and as long by the clock (tiny
+                  scale; needs the computer to itself)
         ablation  the paper's ablation at K = 1: start, detach, N, beta, divergence
         extend    the K = 4 models looped to 8 and to 16 heads
         deep      MTP-D at K = 4 with three times the layers, for decoding
         speed     decoding with 0 .. 16 heads, of the deep models, and in batches
         cost      time and memory of training steps (needs the computer to itself)
+        cards     which micro_batch fits on cards of 6 to 16 GB, and the time there (gpu scale)
         nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
 
 Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run
@@ -116,6 +119,9 @@ class Runner:
             print(f"{name} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             return
         result = json.loads(done.stdout.strip().splitlines()[-1])
+        if command[0] == "train.py":
+            out = command[command.index("--out") + 1]
+            labels.update(read_log(ROOT / out / "log.jsonl"))
         seconds = time.time() - begin
         shown = "python " + " ".join(c.replace(str(ROOT) + os.sep, "") for c in command)
         self.add(name=name, part=part, command=shown, seconds=round(seconds, 1),
@@ -179,6 +185,15 @@ class Runner:
             self.side_by_side(lambda job, gpu: self.call(job[2], gpu), gone, self.parallel)
 
 
+def read_log(path):
+    """the log of a run of train.py -> how many steps it had, and how long one took"""
+    if not path.exists():
+        return {}
+    header, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ms = [row["ms"] for row in rows if "ms" in row]
+    return dict(steps=header["config"]["steps"], ms_per_step=round(statistics.mean(ms), 3))
+
+
 def shorten(value):
     """numbers to 5 significant digits: logs are kept small"""
     if isinstance(value, float):
@@ -203,7 +218,7 @@ def effect_jobs(args, runner, sources):
     for text, (data, extra) in sources.items():
         for K, beta in ((4, 0.5), (1, 1.0)):
             for method in ("MTP", "MTP-D"):
-                for seed in SEEDS[args.scale]:
+                for seed in args.seeds:
                     more = f"{extra} --n_mtp {K} --beta {beta if method == 'MTP-D' else 0}"
                     name = f"{text} K{K} {method} seed{seed}"
                     jobs.append(train_job(args, args.scale, runner.work, name, "effect", data,
@@ -215,11 +230,46 @@ def effect(args, runner, sources):
     runner.all(effect_jobs(args, runner, sources))
 
 
+def plain(args, runner, sources):
+    """a GPT without heads, with the steps of the K = 4 models and in the time of MTP-D's"""
+    if args.scale != "tiny":
+        return print("plain: only at the scale tiny; on a GPU, training runs share it")
+    for text, (data, extra) in sources.items():
+        for seed in args.seeds:
+            name = f"{text} K0 same steps seed{seed}"
+            plain_run(args, runner, name, text, data, seed, extra, "no heads, same steps")
+            heads = find_row(runner, f"{text} K4 MTP-D seed{seed}")
+            own = find_row(runner, name)
+            if not heads or not own or "ms_per_step" not in heads:
+                print(f"{text}, seed {seed}: without the time of a step of K = 4 (run the part "
+                      "effect anew) there is no run of the same time")
+                continue
+            steps = round(heads["steps"] * heads["ms_per_step"] / own["ms_per_step"])
+            name = f"{text} K0 same time seed{seed}"
+            more = f"{extra} --steps {steps}"
+            plain_run(args, runner, name, text, data, seed, more, "no heads, same time")
+
+
+def find_row(runner, name):
+    return next((row for row in runner.rows if row["name"] == name), None)
+
+
+def plain_run(args, runner, name, text, data, seed, more, method):
+    """train without heads; then the loss on the targets that four heads are evaluated on"""
+    job = train_job(args, args.scale, runner.work, name, "plain", data, seed,
+                    f"{more} --n_mtp 0", text=text)
+    checkpoint = str(Path(job[2][job[2].index("--out") + 1]) / "ckpt.pt")
+    command = ["results/plain.py", checkpoint, "--heads", "4", "--json"]
+    runner.makers[Path(checkpoint).parent] = job
+    runner.all([job], each=1)
+    runner.all([(f"{name}, loss", "plain", command, dict(seed=seed, text=text, method=method))])
+
+
 def entropy(args, runner, sources):
     jobs = []
     for text in sources:
         for method in ("MTP", "MTP-D"):
-            for seed in SEEDS[args.scale]:
+            for seed in args.seeds:
                 checkpoint = runner.work / f"{text}_K4_{method}_seed{seed}" / "ckpt.pt"
                 jobs.append((f"entropy {text} K4 {method} seed{seed}", "entropy",
                              ["results/entropy.py", str(checkpoint), "--json"],
@@ -234,13 +284,13 @@ def ablation(args, runner, sources):
     text, (data, extra) = list(sources.items())[-1]
     jobs = []
     for variant, more in ABLATION.items():
-        for seed in SEEDS[args.scale][:2]:
+        for seed in args.seeds[:2]:
             if args.scale == "tiny" and variant not in TINY_ABLATION:
                 continue
             beta = "" if "--beta" in more else "--beta 1"
             name = f"ablation {'' if text == 'prose' else text + ' '}{variant} seed{seed}"
             same = f"{text} K1 {TWINS.get(variant)} seed{seed}"
-            twin = next((row for row in runner.rows if row["name"] == same), None)
+            twin = find_row(runner, same)
             if twin and not runner.has(name):  # the same command has run in the part effect
                 runner.add(**{**twin, "name": name, "part": "ablation", "variant": variant})
             jobs.append(train_job(args, args.scale, runner.work, name, "ablation", data, seed,
@@ -252,7 +302,7 @@ def extend_jobs(args, runner, sources, n, source):
     jobs = []
     for text in sources:
         for method in ("MTP", "MTP-D"):
-            for seed in SEEDS[args.scale]:
+            for seed in args.seeds:
                 base = str(runner.work / f"{text}_K4_{method}_seed{seed}")
                 command = ["extend.py", f"{base}{source}/ckpt.pt", "--heads", str(n), "--json",
                            "--out", f"{base}-{n}", *EXTEND_STEPS[args.scale].split()]
@@ -276,7 +326,7 @@ def deep_jobs(args, runner, sources):
     more = f"{extra} --n_mtp 4 --n_layer 24"
     labels = dict(text="python", K=4, method="MTP-D")
     jobs = []
-    for seed in SEEDS[args.scale]:
+    for seed in args.seeds:
         name = f"python deep K4 MTP-D seed{seed}"
         jobs.append(train_job(args, args.scale, runner.work, name, "deep", data, seed, more,
                               **labels))
@@ -304,7 +354,7 @@ def speed(args, runner, sources):
     jobs = [job("speed python", "decode", *many, "--count", "8"),
             job("check python", "check", ours, "--count", "16")]
     if gpu:
-        for seed in SEEDS["gpu"]:
+        for seed in args.seeds:
             deep_ckpt = ckpt(f"deep K4 MTP-D seed{seed}")
             jobs.append(job(f"speed python deep seed{seed}", "decode", deep_ckpt, "--count", "16",
                             seed=seed))
@@ -319,6 +369,16 @@ def cost(args, runner, sources):
     import cost as costs
     for part in costs.SCALES[args.scale]:
         runner.run(f"cost {part}", "cost", ["results/cost.py", part, "--json"])
+
+
+def cards(args, runner, sources):
+    if args.scale != "gpu":
+        return
+    for preset, dtype in (("small", "bfloat16,float32"), ("shakespeare", "bfloat16,float32"),
+                          ("gpt2", "bfloat16")):
+        command = ["results/bench.py", "train", "--memory_gb", "6,8,12,16", "--preset", preset,
+                   "--dtype", dtype, "--json"]
+        runner.run(f"cards {preset}", "cards", command)
 
 
 def nanogpt(args, runner, sources):
@@ -346,8 +406,8 @@ def nanogpt(args, runner, sources):
 
 
 PARTS = {
-    "effect": effect, "entropy": entropy, "ablation": ablation, "extend": extend, "deep": deep,
-    "nanogpt": nanogpt, "speed": speed, "cost": cost,
+    "effect": effect, "entropy": entropy, "plain": plain, "ablation": ablation, "extend": extend,
+    "deep": deep, "nanogpt": nanogpt, "speed": speed, "cost": cost, "cards": cards,
 }
 
 
@@ -382,6 +442,7 @@ def parse():
         parser.add_argument(f"--{name}", default=default, help=help)
     parser.add_argument("--scale", choices=list(MODEL), default="tiny",
                         help="tiny: CPU, one seed; gpu: one CUDA GPU, three seeds")
+    parser.add_argument("--seeds", default="", help="with commas; empty: 1 (tiny), 1,2,3 (gpu)")
     parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; "
                         "0: 6, or 1 on a CPU (not for speed and cost)")
     group = parser.add_argument_group("the check", "other flags go to train.py, such as --beta 0")
@@ -402,13 +463,16 @@ def parse():
                         "tables")
     if args.parallel < 0:
         raise UserError(f"--parallel is {args.parallel}; it must be 0 or more")
+    if args.seeds:
+        args.seeds = check.parse_seeds("seeds", args.seeds, at_least=1)
+    args.seeds = args.seeds or SEEDS[args.scale]
     return args
 
 
 def main():
     args = parse()
     if args.check and args.record:
-        seeds = check.parse_seeds(args.record)
+        seeds = check.parse_seeds("record", args.record, at_least=5)
         return check.make_record(args.more, args.quick, seeds, args.work)
     if args.check:
         outside = check.compare_new_run(args.more, args.quick, args.seed, args.work)

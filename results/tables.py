@@ -79,6 +79,34 @@ def effect_table(rows):
     return markdown("MTP against MTP-D (mean over seeds ± half their range)", head, lines)
 
 
+def plain_table(rows):
+    """what heads cost the main head: K = 4 beside GPTs without heads, all on the same targets"""
+    effect = group(rows, "effect", "text", "K", "method")
+    heads = {(text, method): runs for (text, K, method), runs in effect.items() if K == 4}
+    bare = group(rows, "plain", "text", "method")
+    facts = {row["name"]: row for row in rows if row.get("part") == "plain"}
+    lines = []
+    for text in sorted({text for text, _ in bare}):
+        groups = {**bare, **heads}
+        steps, time = [(text, f"no heads, same {kind}") for kind in ("steps", "time")]
+        for key in (steps, time, (text, "MTP"), (text, "MTP-D")):
+            runs = groups.get(key, [])
+            if not runs:
+                continue
+            logs = [facts.get(row["name"].removesuffix(", loss"), row) for row in runs]
+            lines.append([
+                *key, len(runs), spread([log["steps"] for log in logs if "steps" in log], digits=0),
+                spread([log["ms_per_step"] for log in logs if "steps" in log], digits=1),
+                spread(list(map(main_loss, runs)), digits=4),
+                spread(paired(groups, key, steps, main_loss), digits=4),
+                spread(paired(groups, key, time, main_loss), digits=4),
+            ])
+    head = ["text", "model", "seeds", "steps", "ms per step", "main head's val loss",
+            "to no heads, same steps, same seed", "to no heads, same time, same seed"]
+    return markdown("What heads cost the main head: K = 4, and no heads (targets 4 .. T-1)", head,
+                    lines)
+
+
 def ablation_table(rows):
     out = ""
     everything = group(rows, "ablation", "text", "variant")
@@ -272,6 +300,35 @@ def cost_table(rows):
     return out
 
 
+def cards_table(rows):
+    fits = {}
+    times = []
+    for row in rows:
+        if row.get("part") == "cards":
+            for r in row["result"]["fits"]:
+                cell = "does not fit"
+                if r["micro_batch"]:
+                    cell = f"{r['micro_batch']} ({r['peak_gib']:.2f} GiB)"
+                fits.setdefault((r["preset"], r["dtype"]), {})[r["memory_gb"]] = cell
+            times += row["result"]["times"]
+    sizes = sorted({size for own in fits.values() for size in own})
+    lines = [[*key, *(own.get(size, "") for size in sizes)] for key, own in fits.items()]
+    out = markdown("Cards, emulated: micro_batch that fits, and peak memory",
+                   ["preset", "dtype", *(f"{size:g} GB" for size in sizes)], lines)
+    names = sorted({card for r in times for card in r["estimates"]})
+    lines = []
+    for r in times:
+        line = [r["preset"], r["dtype"], r["device"], r["micro_batch"], f"{r['s_per_step']:.4f}",
+                f"{r['minutes']:.1f}", "" if r["share"] is None else f"{r['share']:.0%}"]
+        for name in names:
+            minutes, low, high = r["estimates"].get(name, [None] * 3)
+            line.append("" if minutes is None else f"{minutes:.0f} ({low:.0f} to {high:.0f})")
+        lines.append(line)
+    head = ["preset", "dtype", "measured on", "micro_batch", "s per step", "minutes of training",
+            "share of its peaks", *(f"{name}, estimated minutes (bounds)" for name in names)]
+    return out + markdown("The time of training, and an estimate for other cards", head, lines)
+
+
 def shorter(x):
     if isinstance(x, (int, float)) and x >= 10000:
         return f"{x:,.0f}"
@@ -455,8 +512,8 @@ FIGURES = {
     "speed": speed_figure, "cost": cost_figure,
 }
 TABLES = (
-    effect_table, entropy_table, ablation_table, extend_table, loop_speed_table, nanogpt_table,
-    speed_table, cost_table,
+    effect_table, plain_table, entropy_table, ablation_table, extend_table, loop_speed_table,
+    nanogpt_table, speed_table, cost_table, cards_table,
 )
 
 

@@ -1,4 +1,6 @@
-"""results/: acceptance by entropy against slow loops, the tables' arithmetic, and logs that were cut off in a line."""
+"""results/: acceptance by entropy against slow loops, the tables' arithmetic, logs that were cut off in
+a line, the check, and what fits on which card."""
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,18 +11,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import train
-from common import UserError
+from common import UserError, save_checkpoint
 from model import GPT, GPTConfig
 from results import bench, cards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
 import check  # noqa: E402
 import entropy  # noqa: E402
+import plain  # noqa: E402
 import reproduce  # noqa: E402
 import tables  # noqa: E402
 
@@ -246,7 +250,7 @@ def test_entropy_runs_once_for_each_checkpoint_and_goes_on_where_it_stopped(tmp_
     assert begin.index("entropy") == begin.index("effect") + 1
     for expected in (6, 1):                                                     # the second time, only what failed
         calls.clear()
-        reproduce.entropy(SimpleNamespace(scale="gpu"), reproduce.Runner("gpu", "work", 1), {"python": ("python", "")})
+        reproduce.entropy(SimpleNamespace(scale="gpu", seeds=(1, 2, 3)), reproduce.Runner("gpu", "work", 1), {"python": ("python", "")})
         assert len(calls) == expected and str(Path("work/python_K4_MTP-D_seed2/ckpt.pt")) in calls
     rows = tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")
     assert len(rows) == 5 and all(row["commit"] == "1234567" for row in rows)
@@ -350,8 +354,8 @@ def test_the_check_hands_flags_on_and_wants_a_new_seed_and_the_same_text(
     assert "OUTSIDE: the text is another one" in capsys.readouterr().out
     results[9] = {**evaluation(), "ar": []}
     for flags, message in ((["--seed", "3"], "is one of the record's"), (["--seed", "9"], "--n_mtp"),
-                           (["--record", "1,2,3,4,5,5"], "five different seeds"),
-                           (["--record", "1,2,3,4"], "five different seeds")):
+                           (["--record", "1,2,3,4,5,5"], "different seeds, with commas, at least 5"),
+                           (["--record", "1,2,3,4"], "different seeds, with commas, at least 5")):
         monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *flags])
         with pytest.raises(UserError, match=message):
             reproduce.main()
@@ -498,3 +502,97 @@ def test_cards_are_emulated_timed_and_printed(small_card, monkeypatch, capsys):
 def test_a_vocabulary_is_that_of_the_presets_tokenizer():
     sizes = {name: cards.vocabulary(train.make_config(dict(preset=name))) for name in train.PRESETS}
     assert sizes["tiny"] == 2048 and sizes["gpt2"] == 50257 and sizes["shakespeare"] == 257
+
+
+# -----------------------------------------------------------------------------
+# plain.py, and its part and table
+
+
+def test_a_plain_gpt_is_measured_on_the_targets_of_a_model_with_heads(tmp_path, monkeypatch, float64):
+    config = GPTConfig(5, 8, 1, 1, 8, 0)
+    model = GPT(config)
+    for p in model.parameters():
+        p.data *= 8 if p.dim() > 1 else 1
+    cfg = train.make_config(dict(
+        preset="tiny", n_mtp=0, block_size=8, eval_windows=3, device="cpu", dtype="float64"))
+    val = np.random.default_rng(0).integers(0, 5, 100).astype(np.uint16)
+    save_checkpoint(tmp_path / "ckpt.pt", model, train_config=dataclasses.asdict(cfg))
+    monkeypatch.setattr(train, "open_data", lambda cfg: (val, val, {}))
+    monkeypatch.setattr(train, "check_data", lambda *args, **options: None)
+    windows = torch.from_numpy(np.stack([val[8 * w : 8 * w + 9] for w in range(3)]).astype(np.int64))
+    losses = F.cross_entropy(model.all_logits(windows[:, :-1])[0].transpose(1, 2), windows[:, 1:],
+                             reduction="none")             # (3, 8)
+    assert plain.measure(tmp_path / "ckpt.pt", 3)["loss"] == [pytest.approx(losses[:, 3:].mean().item())]
+    heads = GPT(dataclasses.replace(config, n_mtp=2))
+    save_checkpoint(tmp_path / "heads.pt", heads, train_config=dataclasses.asdict(cfg))
+    with pytest.raises(UserError, match="has 2 heads"):
+        plain.measure(tmp_path / "heads.pt", 3)
+
+
+def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, monkeypatch, capsys):
+    """600 steps of 30 ms with heads are 900 of 20 ms without"""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[1:])
+        if command[1] == "train.py":
+            out = tmp_path / command[command.index("--out") + 1]
+            out.mkdir(parents=True)
+            steps = int(command[command.index("--steps") + 1]) if "--steps" in command else 600
+            log = [dict(config=dict(steps=steps)), dict(ms=15.0), dict(ms=25.0), dict(val={})]
+            (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
+            (out / "ckpt.pt").write_text("", encoding="utf-8")
+        return SimpleNamespace(returncode=0, stdout=json.dumps(dict(loss=[3.0])))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "git_commit", lambda: "1234567")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    runner = reproduce.Runner("tiny", "work", 1)
+    args = SimpleNamespace(scale="tiny", seeds=(7,))
+    reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
+    assert [c[0] for c in commands] == ["train.py", "results/plain.py"]           # no row of K = 4
+    assert "there is no run of the same time" in capsys.readouterr().out
+    runner.rows.append(dict(name="toy K4 MTP-D seed7", steps=600, ms_per_step=30.0))
+    reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
+    assert [c[0] for c in commands[2:]] == ["train.py", "results/plain.py"]       # the first has a row
+    for command, steps in ((commands[0], None), (commands[2], "900")):
+        flags = dict(zip(command[1::2], command[2::2]))
+        assert (flags["--n_mtp"], flags["--seed"], flags["--lr"]) == ("0", "7", "1")
+        assert flags.get("--steps") == steps
+    row = reproduce.find_row(runner, "toy K0 same time seed7")
+    assert (row["steps"], row["ms_per_step"]) == (900, 20.0)
+
+
+def test_what_heads_cost_is_a_difference_within_a_seed(tmp_path, monkeypatch, capsys):
+    rows = []
+    for seed in (1, 2):
+        for kind, loss, steps in (("steps", 3.0, 600), ("time", 2.9, 900)):
+            name = f"toy K0 same {kind} seed{seed}"
+            log = row(name, "plain", dict(loss=[9.0]), text="toy", seed=seed)
+            rows.append(dict(log, steps=steps, ms_per_step=20.0))
+            rows.append(row(f"{name}, loss", "plain", dict(loss=[loss + seed]), text="toy",
+                            method=f"no heads, same {kind}", seed=seed))
+        heads = effect_row("MTP-D", seed, 3.01 + seed, 0.5)
+        rows.append(dict(heads, K=4, steps=600, ms_per_step=30.0))
+        rows.append(dict(effect_row("MTP", seed, 3.5 + seed, 0.5), K=1))          # not K = 4
+    text, _ = written(tmp_path, rows, monkeypatch, capsys)
+    text = text[text.index("## What heads cost") :]
+    assert cells(text, "toy", "MTP-D") == [
+        "2", "600 ±0", "30.0 ±0.0", "4.5100 ±0.5000", "0.0100 ±0.0000", "0.1100 ±0.0000"]
+    assert cells(text, "toy", "no heads, same time") == [
+        "2", "900 ±0", "20.0 ±0.0", "4.4000 ±0.5000", "-0.1000 ±0.0000", "0.0000 ±0.0000"]
+    assert "| toy | MTP |" not in text
+
+
+def test_cards_have_a_column_per_size_and_estimates_with_bounds(tmp_path, monkeypatch, capsys):
+    fits = [dict(preset="small", dtype="bfloat16", memory_gb=gb, micro_batch=size, peak_gib=size)
+            for gb, size in ((8, 4), (6, None))]
+    timed = dict(preset="small", dtype="bfloat16", device="H100", micro_batch=4, s_per_step=0.05,
+                 minutes=1.5, share=0.4, estimates={"T4": [60.0, 20.0, 90.0]})
+    unknown = dict(timed, dtype="float32", share=None, estimates={})
+    result = dict(fits=fits, times=[timed, unknown])
+    text, _ = written(tmp_path, [row("cards", "cards", result)], monkeypatch, capsys)
+    assert "| preset | dtype | 6 GB | 8 GB |" in text
+    assert "| small | bfloat16 | does not fit | 4 (4.00 GiB) |" in text
+    assert cells(text, "small", "bfloat16", "H100") == ["4", "0.0500", "1.5", "40%", "60 (20 to 90)"]
+    assert cells(text, "small", "float32", "H100") == ["4", "0.0500", "1.5", "", ""]
