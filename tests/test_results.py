@@ -549,10 +549,13 @@ def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, m
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     runner = reproduce.Runner("tiny", "work", 1)
     args = SimpleNamespace(scale="tiny", seeds=(7,))
-    reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
-    assert [c[0] for c in commands] == ["train.py", "results/plain.py"]           # no row of K = 4
-    assert "there is no run of the same time" in capsys.readouterr().out
-    runner.rows.append(dict(name="toy K4 MTP-D seed7", steps=600, ms_per_step=30.0))
+    heads = dict(name="toy K4 MTP-D seed7")
+    for rows in ([], [heads]):                             # none; one of an earlier build
+        runner.rows += rows
+        reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
+        assert [c[0] for c in commands] == ["train.py", "results/plain.py"]
+        assert "there is no run of the same time" in capsys.readouterr().out
+    heads.update(steps=600, ms_per_step=30.0)
     reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
     assert [c[0] for c in commands[2:]] == ["train.py", "results/plain.py"]       # the first has a row
     for command, steps in ((commands[0], None), (commands[2], "900")):
