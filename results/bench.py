@@ -603,6 +603,8 @@ def bench_training(cfg, device, dtype, steps=20, cases=(), vocab=50304):
     for K in dict.fromkeys(case.n_mtp for case in cases):
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, K))
+        if dtype == torch.float64:
+            model = model.double()                        # as train.py
         group = [case for case in cases if case.n_mtp == K]
         models = [(model, case.config(cfg)) for case in group]
         for case, row in zip(group, time_steps(models, device, dtype, steps)):

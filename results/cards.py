@@ -95,7 +95,6 @@ def pick_micro_batch(model, cfg, dtype, size):
         peak = try_steps(model, cfg, size, dtype)
         if peak is not None:
             return size, peak
-        gc.collect()
         divisors = [n for n in range(1, size // 2 + 1) if cfg.batch_size % n == 0]
         size = max(divisors, default=0)
     return None, None

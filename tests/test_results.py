@@ -678,3 +678,57 @@ def test_cards_have_a_column_per_size_and_estimates_with_bounds(written):
     assert cells(text, "small", "bfloat16", "H100") == [
         "4", "0.0500", "1.5", "40%", "60 (20 to 90)"]
     assert cells(text, "small", "float32", "H100") == ["4", "0.0500", "1.5", "", ""]
+
+
+# -----------------------------------------------------------------------------
+# bench.py train
+
+
+def call_bench(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "train", *flags])
+    bench.main()
+
+
+def test_a_training_step_is_timed_in_each_dtype(monkeypatch, capsys):
+    flags = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=2, vocab_size=11,
+                 repeats=1, micro_batch=2, heads=1, top_n=3, compile="off", device="cpu")
+    seen = []
+    step = train.train_step
+
+    def spy(net, model, optimizer, cfg, at, parts, dtype, grad_function):
+        seen.append((dtype, model.weight.dtype))
+        return step(net, model, optimizer, cfg, at, parts, dtype, grad_function)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    call_bench(monkeypatch, "--json", "--dtype=float32,bfloat16,float64",
+               *(f"--{name}={value}" for name, value in flags.items()))
+    table = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["dtype"], row["beta"]) for row in table] == [
+        (dtype, beta) for dtype in ("float32", "bfloat16", "float64") for beta in (0.0, 0.5)]
+    assert list(dict.fromkeys(seen)) == [
+        (torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--memory_gb=8", "--device=cpu"], "limits the memory of a CUDA GPU; the device is cpu"),
+    (["--memory_gb=8", "--heads=2"], "--heads has no effect with --memory_gb"),
+    (["--memory_gb=-8"], "it must be sizes in GB"), (["--memory_gb=x"], "it must be numbers"),
+    (["--memory_gb=8", "--dtype=float8"], "--dtype is 'float8'"),
+    (["--dtype=float8"], "--dtype is 'float8'"),
+])
+def test_flags_of_the_cards_that_are_wrong(flags, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        call_bench(monkeypatch, *flags)
+
+
+def test_the_cards_get_their_flags(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(bench, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(cards, "measure", lambda *arguments: given.append(arguments))
+    call_bench(monkeypatch, "--memory_gb=6,8", "--preset=small", "--dtype=float32,bfloat16",
+               "--fast=off", "--n_layer=3", "--repeats=7")
+    ((cfgs, device, sizes, repeats),) = given
+    assert [(cfg.dtype, cfg.preset, cfg.fast, cfg.n_layer) for cfg in cfgs] == [
+        ("float32", "small", "off", 3), ("bfloat16", "small", "off", 3)]
+    assert (device.type, sizes, repeats) == ("cuda", [6, 8], 7)
