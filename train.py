@@ -224,7 +224,6 @@ def train_mode(model):
     model.drop.train(model.weight.requires_grad)               # it drops embeddings
 
 
-@torch.compiler.set_stance("force_eager")      # a few windows are not worth a compilation
 @torch.no_grad()
 def evaluate(model, val_ids, cfg, device, dtype):
     """
@@ -487,7 +486,8 @@ def evaluate_and_save(model, cfg, val_ids, dtype, state):
     total = sum(float(p.detach().sum()) for p in model.parameters())       # finite if all weights are
     check_finite(cfg, "sum of all weights", total, step)
     save_checkpoint(out / "ckpt.pt", model, **state)
-    result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
+    with torch.compiler.set_stance("force_eager"):     # a few windows are not worth a compilation
+        result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
     append_row(out, step=step, val=result)
     loss = result["loss"][0]
     best = out / "best.pt"
@@ -522,12 +522,12 @@ def table(result, meta):
     return "\n".join(lines)
 
 
-@torch.compiler.set_stance("force_eager")
 def sample(model, val_ids, meta, temperature=0.8):
     """continue the beginning of the validation text by speculative decoding -> text to print"""
     tokenizer = Tokenizer(meta["tokenizer"])
     prompt = val_ids[: min(32, 1 + model.config.block_size // 4)].tolist()
-    texts, stats = decode.generate(model, [prompt], 160, temperature=temperature, top_k=50)
+    with torch.compiler.set_stance("force_eager"):
+        texts, stats = decode.generate(model, [prompt], 160, temperature=temperature, top_k=50)
     return (f"--- a sample at temperature {temperature}: {stats.tokens} tokens in {stats.forwards} "
             f"forwards ({stats.tokens_per_forward:.2f} each)\n"
             f"{tokenizer.decode(prompt)}[..]{tokenizer.decode(texts[0])}\n---")

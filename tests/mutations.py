@@ -288,6 +288,20 @@ MUTATIONS = [
      "predicted_speedup=expected * ms_step / ms_round", "predicted_speedup=expected * ms_round / ms_step",
      ["test_bench.py::test_rows_with_a_clock_that_counts_forwards"]),
 
+    # ---- results/: the check, the cards
+    ("the check is inside whatever the run has learned", "results/check.py",
+     "        if not low <= x <= high:", "        if False:",
+     ["test_results.py::test_the_check_is_outside_beyond_three_standard_deviations_of_the_range[0.1062-+0.0001]"]),
+    ("the check trains with a seed of the record, which proves nothing", "results/check.py",
+     'seed = seed or max(record["seeds"]) + 1', 'seed = seed or max(record["seeds"])',
+     ["test_results.py::test_the_check_is_outside_beyond_three_standard_deviations_of_the_range[0.1061-None]"]),
+    ("a plain GPT is measured on targets that models with heads are not", "results/plain.py",
+     "with_heads(model.to(device), K), val", "model.to(device), val",
+     ["test_results.py::test_a_plain_gpt_is_measured_on_the_targets_of_a_model_with_heads"]),
+    ("a micro-batch fits before AdamW's moments are there, and not after", "results/cards.py",
+     "        for _ in range(2):\n", "        for _ in range(1):\n",
+     ["test_results.py::test_the_micro_batch_is_halved_until_two_steps_fit"]),
+
     # ---- extend.py and data/
     ("an extension replaces the checkpoint that it extends", "extend.py",
      "if Path(cfg.out).resolve() == folder:", "if False:",
