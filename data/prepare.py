@@ -46,7 +46,7 @@ if not __package__:  # run as a script: make the package of this file importable
 
 from data.dataset import FILES, META_KEYS, load_dataset  # noqa: F401 (for other scripts)
 from data.download import FINEWEB_SHARDS, GPT2_EOT, fetch_fineweb, fetch_shakespeare, read_shard
-from data.errors import UserError
+from data.errors import UserError, printable
 from data.reader import EOT_TEXT, check_path, read_documents, text_files
 from data.tokenizer import SECTION, Tokenizer, bpe_spec, parse_tokenizer, train_bpe
 
@@ -399,7 +399,8 @@ def prepare(source="stories", tokenizer=None, out=None, shards=1, sample_mb=2.0,
 
 
 def print_summary(meta, out):
-    print(f"{out}: {meta['documents']:,} documents ({meta['val_documents']:,} for validation), "
+    print(f"{printable(str(out))}: {meta['documents']:,} documents "
+          f"({meta['val_documents']:,} for validation), "
           f"{meta['skipped_files']:,} files skipped as not UTF-8, "
           f"vocabulary {meta['vocab_size']:,}")
     if meta["split"] == "by position":
@@ -457,11 +458,11 @@ def main():
     try:
         prepare(**vars(parser.parse_args()))
     except UserError as error:
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"prepare.py: {printable(str(error), sys.stderr)}")
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"prepare.py: {printable(str(error), sys.stderr)}")
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted; no half-written dataset was left")
 

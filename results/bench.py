@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode  # noqa: E402
 import train  # noqa: E402
 from common import UserError, check_flags, flag, parse, pick_device, pick_dtype, run  # noqa: E402
+from data.errors import printable  # noqa: E402
 from data.reader import read_prompts  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -226,7 +227,7 @@ def bench_checkpoints(checkpoints, cfg):
     result = []
     for path, model, _, _ in checkpoints:
         if model.config.n_mtp == 0:
-            print(f"{path} has no MTP heads: decoding without drafts, one token per forward")
+            print(f"{printable(str(path))} has no MTP heads: decoding without drafts, one token per forward")
         for temperature in (0.0, 1.0):
             rows = bench_decoding(model, prompts, cfg, temperature)
             for row in rows:
@@ -452,7 +453,7 @@ def print_decoding(name, rows):
     excluded = f"{first['looping']} of {groups} were excluded for repetitive output"
     if first["looping"] == groups:
         excluded = "all have repetitive output, so that the speeds say little"
-    print(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}, "
+    print(f"\n{printable(str(name))}, temperature {first['temperature']}, batch {first['batch']}, "
           f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
     widths = [int(form.split(".")[0].rstrip("d")) for _, _, form in COLUMNS]
     print(" ".join(title.rjust(width) for (title, _, _), width in zip(COLUMNS, widths)))

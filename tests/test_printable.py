@@ -1,0 +1,55 @@
+"""data/errors.py: control characters are shown on a terminal, and stay as they are in a pipe."""
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from data import prepare as P
+from data.errors import UserError, printable
+
+EVIL = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \b\x7f\x9b2J \u202eright to left\u2066"
+SHOWN = r"\x1b[31mred\x1b[0m \x1b]0;title\x07 \x08\x7f\x9b2J \u202eright to left\u2066"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("text", [
+    "", "plain text,\n\twith a tab\n", "line ends of Windows\r\n", "日本語 한국어 é e\u0301 🙂 👩\u200d🚀",
+    "\ufffd \u00a0 \u2028", "a backslash, \\x1b",
+])
+def test_ordinary_text_is_shown_as_it_is(text):
+    for stream in (Terminal(), io.StringIO()):
+        assert printable(text, stream) == text
+
+
+def test_controls_are_shown_on_a_terminal_and_raw_elsewhere(monkeypatch):
+    assert printable(EVIL, Terminal()) == SHOWN and printable(EVIL, io.StringIO()) == EVIL
+    assert printable("over\rwritten\r\n", Terminal()) == "over\\rwritten\r\n"
+    left = [chr(c) for c in [*range(32), *range(127, 160)] if printable(chr(c), Terminal()) == chr(c)]
+    assert left == ["\t", "\n"]
+    for stream, expected in ((Terminal(), SHOWN), (io.StringIO(), EVIL), (None, EVIL)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert printable(EVIL) == expected
+
+
+def test_names_in_what_prepare_prints(tmp_path, monkeypatch):
+    name = "a\x1b]0;b\x07.txt"
+    (tmp_path / name).write_text("some text " * 20, encoding="utf-8")
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        P.prepare(tmp_path / name, "bytes", tmp_path / "\x1b[2Jout")
+        assert ("\x1b" in stream.getvalue()) != stream.isatty() and "[2Jout: " in stream.getvalue()
+
+    def fail(**arguments):
+        raise UserError(f"{name} is damaged")
+    monkeypatch.setattr(P, "prepare", fail)
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    for stream, shown in ((Terminal(), r"a\x1b]0;b\x07.txt"), (io.StringIO(), name)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(SystemExit) as stop:
+            P.main()
+        assert stop.value.code == f"prepare.py: {shown} is damaged"
