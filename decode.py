@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from common import (
     UserError, check_flags, flag, load_checkpoint, parse, pick_device, pick_dtype, run,
 )
+from data.errors import printable
 from data.prepare import Tokenizer
 from model import Cache
 
@@ -603,14 +604,14 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
 def stream(tokenizer, prompt):
     """print the prompt -> a `watch` for generate() that prints the text as it comes"""
     shown = ""
-    print(tokenizer.decode(prompt), end="", flush=True)
+    print(printable(tokenizer.decode(prompt)), end="", flush=True)
 
     def watch(decoder):
         nonlocal shown
         ids = decoder.buffer[0, len(prompt) : int(decoder.n[0]) + 1].tolist()
         # half a character waits for its other half
         text = tokenizer.decode(ids).rstrip("\ufffd")
-        print(text[len(shown) :], end="", flush=True)
+        print(printable(text[len(shown) :]), end="", flush=True)
         shown = text
 
     return watch
@@ -730,7 +731,7 @@ def continue_prompt(model, tokenizer, cfg, traced):
     (ids,), stats = run_decoder(decoder, [prompt], cfg.tokens, watch)
     text = tokenizer.decode(ids)
     if traced:
-        print("\n" + tokenizer.decode(prompt) + text)
+        print("\n" + printable(tokenizer.decode(prompt) + text))
     if cfg.svg:
         Path(cfg.svg).write_text(watch.svg(), encoding="utf-8")
     print(
