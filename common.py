@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError
+from data.errors import UserError, printable
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def keep_old(folder):
         if path.exists():
             os.replace(path, old)
             kept.append(old.name)
-    print(f"{folder} holds an earlier run; it is kept as {', '.join(kept)}")
+    print(f"{printable(str(folder))} holds an earlier run; it is kept as {', '.join(kept)}")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -296,7 +296,7 @@ def run(main):
         # until the processes are connected, all of them find the same error: rank 0 shows it
         if os.environ.get("RANK", "0") != "0" and not connected():
             sys.exit(1)
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{script}: {printable(str(error), sys.stderr)}")
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says it in words
         if lost_connection(error):
             sys.exit(f"{script}: rank {os.environ['RANK']} stopped, because another process did")
