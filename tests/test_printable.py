@@ -4,9 +4,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import common
+import decode
 from data import prepare as P
 from data.errors import UserError, printable
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 
 EVIL = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \b\x7f\x9b2J \u202eright to left\u2066"
 SHOWN = r"\x1b[31mred\x1b[0m \x1b]0;title\x07 \x08\x7f\x9b2J \u202eright to left\u2066"
@@ -53,3 +58,36 @@ def test_names_in_what_prepare_prints(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             P.main()
         assert stop.value.code == f"prepare.py: {shown} is damaged"
+
+
+def test_generated_text_as_it_comes(monkeypatch):
+    tokenizer = Tokenizer({"kind": "bytes"})
+    ids = list("so \x1b[2J".encode())
+    for stream, expected in ((Terminal(), r"so \x1b[2J"), (io.StringIO(), "so \x1b[2J")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        watch = decode.stream(tokenizer, ids[:2])
+        for n in range(2, len(ids)):
+            watch(SimpleNamespace(buffer=torch.tensor([ids]), n=torch.tensor([n])))
+        assert stream.getvalue() == expected
+
+
+def test_a_prompt_and_its_trace(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(257, 64, 1, 1, 8, 1))
+    cfg = decode.DecodeConfig(prompt="\x1b[2J", tokens=20, fast="off", device="cpu")
+    for traced in (False, True):
+        for stream in (Terminal(), io.StringIO()):
+            monkeypatch.setattr(sys, "stdout", stream)
+            decode.continue_prompt(model, Tokenizer({"kind": "bytes"}), cfg, traced)
+            assert ("\x1b[2J" in stream.getvalue()) != stream.isatty()
+            assert (r"\x1b[2J" in stream.getvalue()) == stream.isatty()
+
+
+def test_errors_of_the_scripts(monkeypatch):
+    def main():
+        raise UserError("no checkpoint at \x1b[2J.pt")
+    for stream, shown in ((Terminal(), r"\x1b[2J.pt"), (io.StringIO(), "\x1b[2J.pt")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with pytest.raises(SystemExit) as stop:
+            common.run(main)
+        assert stop.value.code.endswith(f": no checkpoint at {shown}")
