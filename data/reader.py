@@ -18,6 +18,7 @@ UNPACK = {".xz": lzma.open, ".gz": gzip.open}
 TEXT_SUFFIXES = {".txt", ".md", ".py"}
 ROW_SUFFIXES = {".jsonl", ".ndjson"}
 PROMPT_FIELDS = ("text", "prompt", "question")
+BLOCK_LINES = 4096  # joined as they come: Python takes 50 bytes for each line beside its text
 # archives and documents of other programs: refused by name, and by how they begin, whatever their
 # name
 ARCHIVES = {".tar", ".tgz", ".txz", ".zip", ".7z", ".rar", ".bz2", ".zst", ".pdf", ".docx", ".epub"}
@@ -106,14 +107,19 @@ def read_lines(path):
 
 def read_text(path):
     """Yield the documents of a plain text, separated by lines that are exactly <|endoftext|>."""
+    blocks = []
     lines = []
     for _, line in chain(read_lines(path), [(0, EOT_TEXT)]):
-        if line.rstrip("\r\n") == EOT_TEXT:
-            document = "".join(lines)
-            lines.clear()  # before the yield: a large document is in memory once less
-            yield document
-        else:
+        is_end = line.rstrip("\r\n") == EOT_TEXT
+        if not is_end:
             lines.append(line)
+        if is_end or len(lines) == BLOCK_LINES:
+            blocks.append("".join(lines))
+            lines.clear()
+        if is_end:
+            document = "".join(blocks)
+            blocks.clear()  # before the yield: a large document is in memory once less
+            yield document
 
 
 def parse_row(line, fields, place):

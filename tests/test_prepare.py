@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from data import dataset
 from data import download as D
 from data import prepare as P
+from data import reader
 from data import tokenizer as tokenizer_module
 from data.prepare import Tokenizer, load_dataset, prepare, train_bpe  # noqa: F401 (for scripts)
 from data.errors import UserError
@@ -190,6 +192,28 @@ def test_text_larger_than_a_batch(tmp_path):
     assert len(small) > 2 and all(len(piece) <= 262144 for piece, _, _ in rows)
     assert sum(ends for _, _, ends in rows) == 8
     assert "".join(piece + "|" * ends for piece, _, ends in rows) == "".join(f"{t}|" for t in P.read_source(path, set()))
+
+
+@pytest.mark.parametrize("line,count", [
+    ("7\n", 60_000), ("x" * 999 + "\n", 4_000), ("x" * 4_000_000, 1),
+])
+def test_a_large_document_is_in_memory_two_to_three_times(tmp_path, monkeypatch, line, count):
+    (tmp_path / "a.txt").write_bytes((line * count).encode())
+    monkeypatch.setattr(reader, "BLOCK_LINES", 64)
+    documents = P.Documents(tmp_path / "a.txt", None)
+
+    def split():
+        for _ in P.batches(P.split(documents, 1, int(0.9 * documents.characters)), size=1 << 14):
+            pass
+    tracemalloc.start()
+    try:
+        for function in (lambda: documents.read(quiet=True), split):
+            tracemalloc.reset_peak()
+            function()
+            left, peak = tracemalloc.get_traced_memory()
+            assert peak < 2.9 * len(line) * count + 300_000 and left < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_shakespeare_by_position(tmp_path, monkeypatch):
