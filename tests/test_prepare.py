@@ -1,13 +1,16 @@
 """data/prepare.py, dataset.py, download.py: sources, splits, downloads from a local server, bad input."""
+import errno
 import gzip
 import hashlib
 import http.server
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from data import reader
 from data import tokenizer as tokenizer_module
 from data.prepare import Tokenizer, load_dataset, prepare, train_bpe  # noqa: F401 (for scripts)
 from data.errors import UserError
+from data.temporary import temporary
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -141,6 +145,8 @@ def test_the_folder_of_a_text_has_its_name_and_stamp(tmp_path, monkeypatch):
     assert P.find_dataset(str(tmp_path / "in"), "bytes") != folder
     with pytest.raises(UserError, match="no data is named"):
         P.find_dataset("")
+    with pytest.raises(UserError, match="x" * 300):
+        P.find_dataset("x" * 300)
 
 
 def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, monkeypatch):
@@ -402,6 +408,55 @@ def test_a_failed_rename_rolls_back(tmp_path, good, monkeypatch):
     assert (good / "meta.json").read_bytes() == before and not list(tmp_path.glob("*.old*")) + list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.parametrize("error,message", [
+    (OSError(errno.ENOSPC, "No space left on device"), "good .No space left on device.: free some space"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "good .Disk quota exceeded.: free some space"),
+    (OSError(errno.EIO, "Input/output error"), "good .Input/output error.: choose another one"),
+    (PermissionError(13, "Permission denied", "x.txt"), "can't read or write x.txt .Permission denied"),
+])
+def test_what_the_system_refuses_is_told_in_one_line(tmp_path, good, monkeypatch, error, message):
+    before, listing = (good / "meta.json").read_bytes(), sorted(tmp_path.iterdir())
+
+    def refuse(*arguments):
+        raise error
+    monkeypatch.setattr(P, "write_ids", refuse)
+    with pytest.raises(UserError, match=message):
+        P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    assert sorted(tmp_path.iterdir()) == listing and (good / "meta.json").read_bytes() == before
+    monkeypatch.setattr(P, "text_files", refuse)
+    with pytest.raises(UserError, match=message.replace("good .", "good.jsonl .")):
+        P.find_dataset(str(tmp_path / "good.jsonl"))
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_another_run_replaces_the_dataset_at_the_same_time(tmp_path, good, monkeypatch, others):
+    replace, arrived = os.replace, []
+
+    def with_another(source, target):
+        # its dataset comes just before ours is renamed
+        if ".part-" in str(source) and len(arrived) < others:
+            shutil.copytree(source, target)
+            arrived.append(target)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", with_another)
+    P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    assert len(arrived) == others and P.load_dataset(good)[2]["vocab_size"] == 257
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "good.jsonl"]
+
+
+def test_another_run_has_just_moved_the_dataset_aside(tmp_path, good, monkeypatch):
+    replace, moved = os.replace, []
+
+    def with_another(source, target):
+        if (good / "meta.json").exists() and list(good.parent.glob("good.part-*/meta.json")) and not moved:
+            moved.append(good.rename(tmp_path / "aside"))
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", with_another)
+    P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    assert moved and P.load_dataset(good)[2]["vocab_size"] == 257
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", "good", "good.jsonl"]
+
+
 def test_a_text_that_grows_between_the_passes_is_noticed(tmp_path, good, monkeypatch):
     before = (good / "meta.json").read_bytes()
     path = write_jsonl(tmp_path / "log.jsonl", documents(60))
@@ -430,6 +485,14 @@ def test_what_killed_runs_left_is_cleared(tmp_path, good):
     for name in [f"good.part-{gone}", f"good.old-{gone}", *kept]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.bin").write_bytes(b"half")
+    other_host = [f"good.part-other-{number}" for number in (gone, os.getpid(), 1)]
+    for name in other_host:
+        (tmp_path / name).mkdir()
+    day_ago = time.time() - 86_500
+    os.utime(tmp_path / other_host[2], (day_ago, day_ago))
+    kept += other_host[:2]
+    mine = temporary(good, "part").name
+    (tmp_path / mine.replace(str(os.getpid()), str(gone))).mkdir()
     thesis = tmp_path / f"good.part-{gone}0"
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("years of work", encoding="utf-8")
@@ -455,6 +518,8 @@ def test_an_out_that_can_not_be_replaced_fails_before_the_work(tmp_path, good, m
         P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path / "good.jsonl", quiet=True)
     with pytest.raises(UserError, match="can't make or replace .*choose another folder"):
         P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path / "good.jsonl" / "out", quiet=True)
+    with pytest.raises(UserError, match="can't be replaced: choose another folder"):
+        P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path.anchor, quiet=True)
 
     def mount_point(source, target):
         raise OSError(16, "Device or resource busy", str(source))
@@ -492,6 +557,20 @@ def test_command_line(tmp_path):
     assert usage.returncode == 0 and all(flag in usage.stdout for flag in ("--shards", "--val", "--sample_mb", "bpe:2048"))
 
 
+def test_names_that_are_not_utf8(tmp_path, monkeypatch):
+    try:
+        write_jsonl(tmp_path / "a\udcff.jsonl", documents(60))
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes UTF-8 names only")
+    monkeypatch.setattr(P, "HERE", tmp_path / "data")
+    source = str(tmp_path / "a\udcff.jsonl")
+    assert P.find_dataset(source, "bytes") == P.find_dataset(source, "bytes")
+    done = subprocess.run([sys.executable, str(REPO / "data" / "prepare.py"), source, "--tokenizer", "bytes", "--out",
+                           "b\udcff"], cwd=tmp_path, check=False, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0 and b"b\\udcff: 60 documents" in done.stdout, done.stderr
+
+
 def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
     def mistake(**arguments):
         return [][0]
@@ -500,8 +579,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
     with pytest.raises(IndexError):
         P.main()
     for error, shown in [(UserError("no text"), "prepare.py: no text"),
-                         (KeyboardInterrupt(), "interrupted"),
-                         (PermissionError(13, "Permission denied", "x.txt"), "x.txt")]:
+                         (KeyboardInterrupt(), "interrupted")]:
         def fail(**arguments):
             raise error
         monkeypatch.setattr(P, "prepare", fail)
@@ -596,6 +674,40 @@ def test_a_complete_part_is_kept(server, tmp_path):
     D.download(server.url + "f", tmp_path / "f", must_hold(b"all of it"), quiet=True)
     assert (tmp_path / "f").read_bytes() == b"all of it" and not (tmp_path / "f.part").exists()
     assert not server.requests
+
+
+def test_two_processes_download_one_file(server, tmp_path, monkeypatch):
+    body = os.urandom(5000)
+    server.files["/f"], server.break_after = body, 2000
+    path, check = tmp_path / "f", must_hold(body)
+    with pytest.raises(UserError):
+        D.download(server.url + "f", path, check, quiet=True)
+    server.break_after = 1 << 30
+    transfer, own = D.transfer, os.getpid()
+    sizes = []
+
+    def with_another(url, part, name, quiet):
+        sizes.append(part.stat().st_size if part.exists() else 0)
+        if len(sizes) == 1:  # the other one comes while this one's part lies there
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: own + 1)
+                D.download(url, path, check, quiet=True)
+            path.unlink()
+        transfer(url, part, name, quiet)
+    monkeypatch.setattr(D, "transfer", with_another)
+    D.download(server.url + "f", path, check, quiet=True)
+    assert sizes == [2000, 0] and path.read_bytes() == body
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["f"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a day must pass: see is_running")
+def test_the_part_of_a_killed_download_is_resumed(server, tmp_path):
+    server.files["/f"] = b"all of it"
+    part = temporary(tmp_path / "f", "part").name.replace(str(os.getpid()), str(no_such_process()))
+    (tmp_path / part).write_bytes(b"all")
+    D.download(server.url + "f", tmp_path / "f", must_hold(b"all of it"), quiet=True)
+    assert server.requests == [("/f", "bytes=3-")]
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["f"]
 
 
 def test_shakespeare_download(server, tmp_path, monkeypatch):
