@@ -81,8 +81,8 @@ def read_python(packages, skipped):
             if not NOT_CODE.isdisjoint(name.split("/")) or "_sysconfigdata" in name:
                 continue
             try:
-                # bytes: open() would turn \r\n into \n
-                yield (root / name).read_bytes().decode("utf-8")
+                # bytes: open() would turn \r\n into \n. sig: without a byte-order mark
+                yield (root / name).read_bytes().decode("utf-8-sig")
             except (UnicodeDecodeError, OSError):  # a few old files, dangling links; none matters
                 skipped.add(root / name)
 
@@ -293,6 +293,8 @@ def check_arguments(source, tokenizer, shards, sample_mb, val):
                             "text")
         check_path(Path(source))
     if val is not None:
+        if not str(val):  # Path("") is the current folder
+            raise UserError("the path of the validation text is empty")
         check_path(Path(val))
     parse_tokenizer(tokenizer)
     in_range = 1 <= shards <= FINEWEB_SHARDS

@@ -25,7 +25,8 @@ ARCHIVES = {".tar", ".tgz", ".txz", ".zip", ".7z", ".rar", ".bz2", ".zst", ".pdf
 SIGNATURES = {
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive",
     b"\x1f\x8b": "packed with gzip", b"\xfd7zXZ": "packed with xz", b"BZh": "packed with bzip2",
-    b"\x28\xb5\x2f\xfd": "packed with zstd", b"%PDF": "a PDF document",
+    b"\x28\xb5\x2f\xfd": "packed with zstd", b"%PDF": "a PDF document", b"{\\rtf": "an RTF document",
+    b"PAR1": "a Parquet table", b"version https://git-lfs": "a pointer of Git LFS",
 }
 
 
@@ -41,9 +42,14 @@ def suffix_of(path):
 
 def check_path(path):
     """Raise UserError unless there is a file or folder at path that can be read more than once."""
-    if path.is_symlink() and not path.exists():
+    try:
+        exists = path.exists()
+        is_link = path.is_symlink()
+    except OSError as error:  # the name is too long, a folder on the way may not be entered
+        raise UserError(f"can't read {path} ({error.strerror})") from None
+    if is_link and not exists:
         raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist")
-    if not path.exists():
+    if not exists:
         raise UserError(f"{str(path)!r} is not an existing file or folder")
     if not path.is_file() and not path.is_dir():  # a pipe: each text is read several times
         raise UserError(f"{path} is neither a file nor a folder; save the text to a file first")
@@ -75,8 +81,8 @@ def check_head(path, head):
     if head[257:262] == b"ustar" or suffix_of(path) in ARCHIVES:
         kind = kind or "an archive"
     if kind:
-        raise UserError(f"{path} is {kind}, no text: unpack it and pass the text files "
-                        "(.xz and .gz of a single text are read as they are)")
+        raise UserError(f"{path} is {kind}, no text: pass the text files that it holds or stands "
+                        "for (.xz and .gz of a single text are read as they are)")
 
 
 def read_lines(path):

@@ -154,7 +154,7 @@ def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, mon
     for name in ("z.py", "a/b.py", "a-b.py", "test/t.py", "a/tests/t.py", "site-packages/p.py", "encodings/x.py",
                  "_sysconfigdata_x.py", "a/note.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode() + b"\r\n")
+        (root / name).write_bytes(b"\xef\xbb\xbf" * (name == "z.py") + name.encode() + b"\r\n")
     (root / "latin.py").write_bytes(b"# caf\xe9")
     (root / "empty.py").write_bytes(b"")
     (root / ".#lock.py").symlink_to(tmp_path / "nothing")  # an editor's
@@ -367,7 +367,7 @@ def test_bad_text_leaves_nothing_and_the_old_dataset(tmp_path, good, name, conte
 @pytest.mark.parametrize("arguments,message", [
     ({"tokenizer": "bpe:256"}, "257 to 65536"), ({"tokenizer": "bpe:65537"}, "257 to 65536"),
     ({"tokenizer": "bpe:x"}, "unknown tokenizer"), ({"tokenizer": "gpt3"}, "unknown tokenizer"),
-    ({"source": "no-such-thing"}, "no-such-thing.*expected stories, python"), ({"val": "no-such-file"}, "no-such-file"),
+    ({"source": "no-such-thing"}, "no-such-thing.*expected stories, python"), ({"val": "no-such-file"}, "no-such-file"), ({"val": ""}, "validation text is empty"),
     ({"source": "fineweb-edu", "shards": 0}, "1 to 99"), ({"source": "fineweb-edu", "shards": 100}, "1 to 99"),
     ({"source": "fineweb-edu", "tokenizer": "bytes"}, "gpt2"), ({"sample_mb": 0}, "sample_mb"),
 ])
