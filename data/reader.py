@@ -25,8 +25,9 @@ ARCHIVES = {".tar", ".tgz", ".txz", ".zip", ".7z", ".rar", ".bz2", ".zst", ".pdf
 SIGNATURES = {
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive",
     b"\x1f\x8b": "packed with gzip", b"\xfd7zXZ": "packed with xz", b"BZh": "packed with bzip2",
-    b"\x28\xb5\x2f\xfd": "packed with zstd", b"%PDF": "a PDF document", b"{\\rtf": "an RTF document",
-    b"PAR1": "a Parquet table", b"version https://git-lfs": "a pointer of Git LFS",
+    b"\x28\xb5\x2f\xfd": "packed with zstd", b"%PDF": "a PDF document",
+    b"{\\rtf": "an RTF document", b"PAR1": "a Parquet table",
+    b"version https://git-lfs": "a pointer of Git LFS",
 }
 
 

@@ -23,8 +23,8 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("text", [
-    "", "plain text,\n\twith a tab\n", "line ends of Windows\r\n", "日本語 한국어 é e\u0301 🙂 👩\u200d🚀",
-    "\ufffd \u00a0 \u2028", "a backslash, \\x1b",
+    "", "plain text,\n\twith a tab\n", "line ends of Windows\r\n", "日本語 한국어 é e\u0301 🙂",
+    "\ufffd \u00a0 \u2028 \u200d", "a backslash, \\x1b",
 ])
 def test_ordinary_text_is_shown_as_it_is(text):
     for stream in (Terminal(), io.StringIO()):
@@ -34,8 +34,8 @@ def test_ordinary_text_is_shown_as_it_is(text):
 def test_controls_are_shown_on_a_terminal_and_raw_elsewhere(monkeypatch):
     assert printable(EVIL, Terminal()) == SHOWN and printable(EVIL, io.StringIO()) == EVIL
     assert printable("over\rwritten\r\n", Terminal()) == "over\\rwritten\r\n"
-    left = [chr(c) for c in [*range(32), *range(127, 160)] if printable(chr(c), Terminal()) == chr(c)]
-    assert left == ["\t", "\n"]
+    controls = map(chr, [*range(32), *range(127, 160)])
+    assert [c for c in controls if printable(c, Terminal()) == c] == ["\t", "\n"]
     for stream, expected in ((Terminal(), SHOWN), (io.StringIO(), EVIL), (None, EVIL)):
         monkeypatch.setattr(sys, "stdout", stream)
         assert printable(EVIL) == expected

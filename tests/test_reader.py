@@ -88,7 +88,7 @@ def test_paths_that_can_not_be_read(tmp_path, monkeypatch):
             call(tmp_path / "link.txt")
     with pytest.raises(UserError, match="'.*gone.jsonl' is not an existing file"):
         read_prompts(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match="x" * 300):  # a traceback where the system finds it too long
+    with pytest.raises(UserError, match="x" * 300):  # too long for most systems
         read_prompts("x" * 300)
     with pytest.raises(UserError, match="is a folder; expected a file of prompts"):
         read_prompts(tmp_path / "in")
