@@ -15,6 +15,9 @@ class UserError(ValueError):
     to do. Scripts show it in one line; every other exception is a mistake in the program and keeps
     its traceback."""
 
+    def __str__(self):
+        return super().__str__().replace("\n", "\\n")  # of a file's name, or another program's error
+
 
 def printable(text, stream=None):
     """Text of unknown origin (generated, or with a file's name) as it can be printed to a stream

@@ -83,6 +83,18 @@ def test_a_prompt_and_its_trace(monkeypatch):
             assert (r"\x1b[2J" in stream.getvalue()) == stream.isatty()
 
 
+def test_an_error_is_one_line(tmp_path):
+    name = "two\nlines.txt"
+    try:
+        (tmp_path / name).write_bytes(b"\xff")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(UserError) as caught:
+        P.prepare(tmp_path / name, "bytes", tmp_path / "out", quiet=True)
+    assert str(caught.value).startswith(f"{tmp_path / 'two'}\\nlines.txt is not UTF-8: line 1")
+    assert "\n" not in str(caught.value)
+
+
 def test_errors_of_the_scripts(monkeypatch):
     def main():
         raise UserError("no checkpoint at \x1b[2J.pt")
