@@ -300,7 +300,7 @@ MUTATIONS = [
      ["test_tokenizer.py::test_trainer_agrees_on_runs_and_few_letters"]),
     ("a terminal obeys the escape sequences of a generated text", "data/errors.py",
      "or not stream.isatty():", "or True:",
-     ["test_printable.py::test_generated_text_as_it_comes"]),
+     ["test_printable.py::test_a_prompt_and_the_text_generated_after_it"]),
     ("on a shared disk another computer's running prepare.py is cleared away", "data/temporary.py",
      'if host != HOST or os.name == "nt":', 'if os.name == "nt":',
      ["test_prepare.py::test_what_killed_runs_left_is_cleared"]),

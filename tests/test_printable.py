@@ -1,16 +1,16 @@
 """data/errors.py: control characters are shown on a terminal, and stay as they are in a pipe."""
+import dataclasses
 import io
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common
 import decode
+import train
 from data import prepare as P
 from data.errors import UserError, printable
-from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 EVIL = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \b\x7f\x9b2J \u202eright to left\u2066"
@@ -60,27 +60,28 @@ def test_names_in_what_prepare_prints(tmp_path, monkeypatch):
         assert stop.value.code == f"prepare.py: {shown} is damaged"
 
 
-def test_generated_text_as_it_comes(monkeypatch):
-    tokenizer = Tokenizer({"kind": "bytes"})
-    ids = list("so \x1b[2J".encode())
-    for stream, expected in ((Terminal(), r"so \x1b[2J"), (io.StringIO(), "so \x1b[2J")):
-        monkeypatch.setattr(sys, "stdout", stream)
-        watch = decode.stream(tokenizer, ids[:2])
-        for n in range(2, len(ids)):
-            watch(SimpleNamespace(buffer=torch.tensor([ids]), n=torch.tensor([n])))
-        assert stream.getvalue() == expected
-
-
-def test_a_prompt_and_its_trace(monkeypatch):
+@pytest.fixture
+def echo(tmp_path):
+    """a checkpoint that repeats the last token: its blocks add nothing to the embedding"""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(257, 64, 1, 1, 8, 1))
-    cfg = decode.DecodeConfig(prompt="\x1b[2J", tokens=20, fast="off", device="cpu")
-    for traced in (False, True):
-        for stream in (Terminal(), io.StringIO()):
-            monkeypatch.setattr(sys, "stdout", stream)
-            decode.continue_prompt(model, Tokenizer({"kind": "bytes"}), cfg, traced)
-            assert ("\x1b[2J" in stream.getvalue()) != stream.isatty()
-            assert (r"\x1b[2J" in stream.getvalue()) == stream.isatty()
+    model = GPT(GPTConfig(257, 64, 1, 1, 16, 1))
+    for weight in model.blocks.parameters():
+        weight.data.zero_()
+    cfg = dataclasses.asdict(train.TrainConfig(block_size=64, n_mtp=1))
+    common.save_checkpoint(tmp_path / "echo.pt", model, tokenizer={"kind": "bytes"},
+                           train_config=cfg)
+    return tmp_path / "echo.pt"
+
+
+@pytest.mark.parametrize("more", [[], ["--trace"]])
+def test_a_prompt_and_the_text_generated_after_it(echo, monkeypatch, more):
+    flags = ["--prompt", "so \x1b", "--tokens", "6", "--temperature", "0", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["decode.py", str(echo), *flags, *more])
+    for stream, expected in ((Terminal(), "so " + r"\x1b" * 7), (io.StringIO(), "so " + "\x1b" * 7)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        decode.main()
+        assert expected in stream.getvalue()
+        assert ("so \x1b" in stream.getvalue()) != stream.isatty()
 
 
 def test_an_error_is_one_line(tmp_path):
