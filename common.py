@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError
+from data.errors import UserError, printable
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def keep_old(folder):
         old.unlink(missing_ok=True)            # of the generation before
         if path.exists():
             os.replace(path, old)
-    print(f"{folder} holds an earlier run; it is kept as ckpt.old.pt, with its best.old.pt and "
-          "log.old.jsonl")
+    print(f"{printable(str(folder))} holds an earlier run; it is kept as ckpt.old.pt, with its "
+          "best.old.pt and log.old.jsonl")
 
 
 # -----------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def run(main):
         # until the processes are connected, all of them find the same error: rank 0 shows it
         if rank != "0" and not torch.distributed.is_initialized():
             sys.exit(1)
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{script}: {printable(str(error), sys.stderr)}")
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says it in words
         text = one_line(error)
         if "RANK" in os.environ and any(sign in text for sign in LOST_CONNECTION):

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from common import (
     UserError, check_flags, flag, load_checkpoint, parse, pick_device, pick_dtype, run,
 )
+from data.errors import printable
 from data.prepare import Tokenizer
 from model import Cache
 
@@ -571,6 +572,20 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
 # what is shown
 
 
+def stream(tokenizer):
+    """-> a `watch` for generate() that prints the prompt, and the text as it comes"""
+    shown = ""
+
+    def watch(decoder):
+        nonlocal shown
+        # half a character waits for its other half
+        text = tokenizer.decode(decoder.tokens_from(0, 0)).rstrip("\ufffd")
+        print(printable(text[len(shown) :]), end="", flush=True)
+        shown = text
+
+    return watch
+
+
 # the terminal's codes for the main head, heads 1 .. 8 (9 and more as 8) and, as the last one, what
 # was rejected; and the same for an SVG
 MAIN, REJECTED = 0, -1
@@ -673,6 +688,7 @@ def main():
     model, tokenizer, _ = load(rest["checkpoint"], cfg.device, cfg.dtype)
     prompt = tokenizer.encode(cfg.prompt)
     rounds = []
+    watch = trace(tokenizer, prompt, rounds) if rest["trace"] else stream(tokenizer)
     (ids,), stats = generate(
         model, [prompt], cfg.tokens,
         heads=None if cfg.heads < 0 else cfg.heads,
@@ -681,11 +697,12 @@ def main():
         accept=cfg.accept,
         generator=torch.Generator(model.weight.device).manual_seed(cfg.seed),
         draft_vocab=cfg.draft_vocab or None,
-        watch=trace(tokenizer, prompt, rounds) if rest["trace"] else None,
+        watch=watch,
         fast=cfg.fast,
     )
     text = tokenizer.decode(ids)
-    print("\n" + tokenizer.decode(prompt) + text)
+    if rest["trace"]:
+        print("\n" + printable(tokenizer.decode(prompt) + text))
     if cfg.svg:
         Path(cfg.svg).write_text(svg(rounds), encoding="utf-8")
     if len(ids) < cfg.tokens:

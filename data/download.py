@@ -1,6 +1,7 @@
 """The published texts: TinyShakespeare, and FineWeb-Edu as shards of GPT-2 tokens. Each file is
 kept in data/downloads, resumed after a break, and checked as a whole before it gets its name.
 """
+import contextlib
 import hashlib
 import http.client
 import os
@@ -11,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.temporary import leftovers, temporary
 
 # kept between runs; may be deleted at any time
 DOWNLOADS = Path(__file__).resolve().parent / "downloads"
@@ -53,34 +55,46 @@ def is_whole(path, check):
 
 def download(url, path, check, quiet=False):
     """Fetch url into path, unless it is there. A cut-off transfer stays as path.part and is resumed
-    by the next call.
+    by the next call; while it runs, its name is this process's own.
 
     `check(file)` raises UserError for a wrong file: one that is there is fetched again, one that
     came is deleted. Raises UserError for a wrong answer, and for none (no network, 404, a full
     disk).
     """
-    part = path.with_name(path.name + ".part")
     if is_whole(path, check):
         return
-    if is_whole(part, check):  # killed between its last byte and its name
+    rest = path.with_name(path.name + ".part")
+    part = temporary(path, "part")
+    for left in [rest, *leftovers(path, "part")]:
+        with contextlib.suppress(FileNotFoundError):  # another run may have taken it
+            os.replace(left, part)
+            break
+    try:
+        if not is_whole(part, check):  # it is, if killed between its last byte and its name
+            fetch(url, path, part, check, quiet)
         os.replace(part, path)
-        return
+    finally:
+        if part.exists():
+            os.replace(part, rest)
+
+
+def fetch(url, path, part, check, quiet):
+    """Complete part, which is deleted if it is wrong."""
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         transfer(url, part, path.name, quiet)
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 416:  # nothing is left to send, but the part is wrong
             part.unlink(missing_ok=True)
-        raise UserError(f"can't download {url} ({error}). Run the same command again, which "
-                        f"resumes where it stopped, or place the file at {path} by hand; "
-                        f"{OFFLINE_HINT}") from None
+        raise UserError(f"can't download {url} to {path.parent} ({error}). Run the same command "
+                        f"again, which resumes where it stopped, or place the file at {path} by "
+                        f"hand; {OFFLINE_HINT}") from None
     try:
         check(part)
     except UserError as error:
         part.unlink()
         raise UserError(f"{url} sent something else ({error}); it was deleted. Try again, or "
                         f"place the right file at {path}; {OFFLINE_HINT}") from None
-    os.replace(part, path)
 
 
 def check_shakespeare(path):

@@ -1,8 +1,29 @@
-"""The one exception that means: the input is wrong, not the program.
-It is defined here, because data/ needs it and imports nothing from the rest of the project."""
+"""What a user sees: the one exception that means that the input is wrong, not the program, and text
+that is safe to show. Both are defined here, because data/ needs them and imports nothing from the
+rest of the project.
+"""
+import re
+import sys
+
+# what a terminal obeys, but for line ends and tabs: such characters clear the screen, rename its
+# window, overwrite a line or turn its direction round
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
 
 
 class UserError(ValueError):
     """Something that a user can correct, in one sentence: what was found, what was expected, what
     to do. Scripts show it in one line; every other exception is a mistake in the program and keeps
     its traceback."""
+
+    def __str__(self):
+        return super().__str__().replace("\n", "\\n")  # of a file's name, or another program's error
+
+
+def printable(text, stream=None):
+    """Text of unknown origin (generated, or with a file's name) as it can be printed to a stream
+    (default: stdout). On a terminal control characters come as escapes such as \\x1b; everywhere
+    else the text stays as it is."""
+    stream = stream or sys.stdout
+    if stream is None or not stream.isatty():  # None: pythonw has no output
+        return text
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

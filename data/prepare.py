@@ -26,15 +26,15 @@ From Python: `folder = prepare("stories")`, then
 `train, val, meta = load_dataset(folder)` and `Tokenizer(meta["tokenizer"])`.
 """
 import argparse
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,9 @@ if not __package__:  # run as a script: make the package of this file importable
 
 from data.dataset import FILES, META_KEYS, load_dataset  # noqa: F401 (for other scripts)
 from data.download import FINEWEB_SHARDS, GPT2_EOT, fetch_fineweb, fetch_shakespeare, read_shard
-from data.errors import UserError
+from data.errors import UserError, printable
 from data.reader import EOT_TEXT, check_path, read_documents, text_files
+from data.temporary import leftovers, temporary
 from data.tokenizer import SECTION, Tokenizer, bpe_spec, parse_tokenizer, train_bpe
 
 # -----------------------------------------------------------------------------
@@ -66,8 +67,8 @@ NOT_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 
 
 # -----------------------------------------------------------------------------
-# sources: generators of documents (str). one document at a time is in memory, in copies of four to
-# seven times its size
+# sources: generators of documents (str). one document at a time is in memory, two to three times.
+# Python holds all of it in 1, 2 or 4 bytes for each character, by the one that needs most
 
 def read_python(packages, skipped):
     roots = [sysconfig.get_path("stdlib")]
@@ -80,8 +81,8 @@ def read_python(packages, skipped):
             if not NOT_CODE.isdisjoint(name.split("/")) or "_sysconfigdata" in name:
                 continue
             try:
-                # bytes: open() would turn \r\n into \n
-                yield (root / name).read_bytes().decode("utf-8")
+                # bytes: open() would turn \r\n into \n. sig: without a byte-order mark
+                yield (root / name).read_bytes().decode("utf-8-sig")
             except (UnicodeDecodeError, OSError):  # a few old files, dangling links; none matters
                 skipped.add(root / name)
 
@@ -136,6 +137,11 @@ class Documents:
         self.bytes += len(data)
         self.val_bytes += len(data) * held_out
         return text, held_out
+
+    def read(self, quiet):
+        """A pass that only counts and hashes; here no variable holds the last document after it."""
+        for _ in tqdm(self, desc="read", unit=" doc", disable=quiet):
+            pass
 
     def has_fair_split(self):
         """Whether the split by document gives about as much to validation as intended."""
@@ -215,8 +221,7 @@ def prepare_text(source, tokenizer_name, folder, sample_mb, quiet, val):
     if kind != "bpe":  # before the long work: GPT-2's files may be out of reach
         tokenizer = Tokenizer({"kind": kind})
     documents = Documents(source, val)
-    for _ in tqdm(documents, desc="read", unit=" doc", disable=quiet):
-        pass
+    documents.read(quiet)
     count = documents.count
     val_count = documents.val_count
     size = documents.bytes
@@ -288,6 +293,8 @@ def check_arguments(source, tokenizer, shards, sample_mb, val):
                             "text")
         check_path(Path(source))
     if val is not None:
+        if not str(val):  # Path("") is the current folder
+            raise UserError("the path of the validation text is empty")
         check_path(Path(val))
     parse_tokenizer(tokenizer)
     in_range = 1 <= shards <= FINEWEB_SHARDS
@@ -299,32 +306,35 @@ def check_arguments(source, tokenizer, shards, sample_mb, val):
         raise UserError(f"sample_mb is {sample_mb}, expected MB above 0")
 
 
-def is_running(pid, folder):
-    if os.name == "nt":  # os.kill would end the process there. a day without a change: it is gone
-        return time.time() - folder.stat().st_mtime < 86400
+@contextlib.contextmanager
+def system_errors(place):
+    """What the operating system refuses, as an error of the user: a full disk, a path that may not
+    be read."""
     try:
-        os.kill(pid, 0)  # asks, and changes nothing
-    except ProcessLookupError:
-        return False
-    except OSError:  # there, but another user's
-        pass
-    return True
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        hint = "choose another one"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk or the user's share of it
+            hint = "free some space"
+        raise UserError(f"can't read or write {error.filename or place} ({error.strerror}): "
+                        f"{hint}") from None
 
 
 def clear_leftovers(out):
     """Remove what killed runs left beside out; one that was killed after it moved the old dataset
     aside is undone."""
-    for folder in list(out.parent.glob("*-*")):
-        match = re.fullmatch(re.escape(out.name) + r"\.(part|old)-(\d{1,9})", folder.name)
-        if not match or not folder.is_dir() or set(os.listdir(folder)) - FILES:
-            continue
-        pid = int(match[2])
-        if pid != os.getpid() and is_running(pid, folder):
-            continue
-        if match[1] == "old" and not out.exists():
-            os.replace(folder, out)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+    for word in ("old", "part"):
+        for folder in leftovers(out, word):
+            # another run may be clearing the same ones
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if set(os.listdir(folder)) - FILES:
+                    continue
+                if word == "old" and not out.exists():
+                    os.replace(folder, out)
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_room(out, part, old):
@@ -347,59 +357,85 @@ def make_room(out, part, old):
                         "folder with --out") from None
 
 
+def put_in_place(part, out, old, tries=10):
+    """Rename part to out, and what is there to old, as no system replaces a folder that has files
+    in it. Another run may be doing the same: the last one stays."""
+    for left in reversed(range(tries)):
+        try:
+            if out.exists():
+                os.replace(out, old)
+            os.replace(part, out)
+            return
+        except OSError:
+            if left == 0:
+                raise
+            if out.exists():  # the other run's, newer than what lies in old
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def write_dataset(source, tokenizer, part, shards, sample_mb, quiet, val):
+    """Write all files into the folder `part` -> what meta.json holds."""
+    if source == "fineweb-edu":
+        meta, spec = prepare_fineweb(shards, part, quiet)
+    else:
+        text = source
+        if source == "stories":
+            text, val = STORIES[0], val or STORIES[1]
+        elif source == "shakespeare":
+            text = fetch_shakespeare(quiet)
+        meta, spec = prepare_text(text, tokenizer, part, sample_mb, quiet, val)
+    for name in ("train", "val"):
+        tokens = meta[f"{name}_tokens"]
+        if tokens < 2:
+            raise UserError(f"the text is too short: {tokens} tokens for {name}, expected 2 or "
+                            "more")
+    if spec["kind"] == "bpe":  # long, so that it lies beside meta.json, which stays readable
+        (part / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+        spec = {"kind": "bpe", "file": "tokenizer.json"}
+    name = source if source in DEFAULT_TOKENIZER else Path(source).name
+    meta = {"tokenizer": spec, "source": name, "python": platform.python_version(), **meta}
+    (part / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    return meta
+
+
 def prepare(source="stories", tokenizer=None, out=None, shards=1, sample_mb=2.0, quiet=False,
             val=None):
     """Make a dataset folder and return its path.
 
     The arguments are those of the command (see -h); None takes the default. sample_mb is in units
     of 1e6 bytes. An interruption or an error leaves no trace and an older dataset as it was. Raises
-    UserError for an argument, a path or a text that can't work, and for a failed download.
+    UserError for an argument, a path or a text that can't work, for a failed download and for a
+    full disk.
     """
     source = str(source)
-    named = source in DEFAULT_TOKENIZER
     tokenizer = tokenizer or DEFAULT_TOKENIZER.get(source, PATH_TOKENIZER)
-    check_arguments(source, tokenizer, shards, sample_mb, val)
-    title = source if named else Path(source).resolve().name.split(".")[0] or "text"
-    out = Path(out or HERE / f"{title}-{tokenizer.replace(':', '')}").resolve()
-    part, old = [out.with_name(f"{out.name}.{word}-{os.getpid()}") for word in ("part", "old")]
-    clear_leftovers(out)
-    make_room(out, part, old)
-    try:
-        if source == "fineweb-edu":
-            meta, spec = prepare_fineweb(shards, part, quiet)
-        else:
-            text = source
-            if source == "stories":
-                text, val = STORIES[0], val or STORIES[1]
-            elif source == "shakespeare":
-                text = fetch_shakespeare(quiet)
-            meta, spec = prepare_text(text, tokenizer, part, sample_mb, quiet, val)
-        for name in ("train", "val"):
-            tokens = meta[f"{name}_tokens"]
-            if tokens < 2:
-                raise UserError(f"the text is too short: {tokens} tokens for {name}, expected 2 "
-                                "or more")
-        if spec["kind"] == "bpe":  # long, so that it lies beside meta.json, which stays readable
-            (part / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-            spec = {"kind": "bpe", "file": "tokenizer.json"}
-        meta = {"tokenizer": spec, "source": source if named else Path(source).name,
-                "python": platform.python_version(), **meta}
-        (part / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        if out.exists():
-            os.replace(out, old)  # aside, as no system replaces a folder that has files in it
-        os.replace(part, out)
-    finally:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        for folder in (part, old):
-            shutil.rmtree(folder, ignore_errors=True)
+    with system_errors(out or source):
+        check_arguments(source, tokenizer, shards, sample_mb, val)
+        title = source
+        if source not in DEFAULT_TOKENIZER:
+            title = Path(source).resolve().name.split(".")[0] or "text"
+        out = Path(out or HERE / f"{title}-{tokenizer.replace(':', '')}").resolve()
+        if not out.name:
+            raise UserError(f"{out} can't be replaced: choose another folder with --out")
+        part, old = temporary(out, "part"), temporary(out, "old")
+        clear_leftovers(out)
+        make_room(out, part, old)
+        try:
+            meta = write_dataset(source, tokenizer, part, shards, sample_mb, quiet, val)
+            put_in_place(part, out, old)
+        finally:
+            if old.exists() and not out.exists():
+                os.replace(old, out)
+            for folder in (part, old):
+                shutil.rmtree(folder, ignore_errors=True)
     if not quiet:
         print_summary(meta, out)
     return out
 
 
 def print_summary(meta, out):
-    print(f"{out}: {meta['documents']:,} documents ({meta['val_documents']:,} for validation), "
+    print(f"{printable(str(out))}: {meta['documents']:,} documents "
+          f"({meta['val_documents']:,} for validation), "
           f"{meta['skipped_files']:,} files skipped as not UTF-8, "
           f"vocabulary {meta['vocab_size']:,}")
     if meta["split"] == "by position":
@@ -424,17 +460,26 @@ def find_dataset(data, tokenizer=""):
                         "text")
     path = Path(data)
     name = data
-    if (path / "meta.json").exists() or (path / "train.bin").exists():
-        return path
-    if path.exists() and data not in DEFAULT_TOKENIZER:
-        files = text_files(path)
-        stamps = "".join(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
-        name = f"{path.name.split('.')[0]}-{hashlib.sha256(stamps.encode()).hexdigest()[:8]}"
-    tokenizer = tokenizer or DEFAULT_TOKENIZER.get(data, PATH_TOKENIZER)
-    folder = HERE / f"{name}-{tokenizer}".replace(":", "")
-    if (folder / "meta.json").exists():
-        return folder
+    with system_errors(data):
+        if (path / "meta.json").exists() or (path / "train.bin").exists():
+            return path
+        if path.exists() and data not in DEFAULT_TOKENIZER:
+            name = f"{path.name.split('.')[0]}-{stamp_of(text_files(path))}"
+        tokenizer = tokenizer or DEFAULT_TOKENIZER.get(data, PATH_TOKENIZER)
+        folder = HERE / f"{name}-{tokenizer}".replace(":", "")
+        if (folder / "meta.json").exists():
+            return folder
     return prepare(data, tokenizer, folder)
+
+
+def stamp_of(files):
+    """Eight hex digits that change when one of these files does."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        stamp = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        digest.update(stamp.encode("utf-8", "backslashreplace"))  # a name may be no UTF-8
+    return digest.hexdigest()[:8]
 
 
 def main():
@@ -454,14 +499,12 @@ def main():
     parser.add_argument("--sample_mb", type=float, default=2.0,
                         help="MB of training text, spread evenly, on which bpe:N is learned "
                              "(default: 2)")
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the output can't encode is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         prepare(**vars(parser.parse_args()))
     except UserError as error:
-        sys.exit(f"prepare.py: {error}")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"prepare.py: {printable(str(error), sys.stderr)}")
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted; no half-written dataset was left")
 

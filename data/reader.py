@@ -18,6 +18,7 @@ UNPACK = {".xz": lzma.open, ".gz": gzip.open}
 TEXT_SUFFIXES = {".txt", ".md", ".py"}
 ROW_SUFFIXES = {".jsonl", ".ndjson"}
 PROMPT_FIELDS = ("text", "prompt", "question")
+BLOCK_LINES = 4096  # joined as they come: Python takes 50 bytes for each line beside its text
 # archives and documents of other programs: refused by name, and by how they begin, whatever their
 # name
 ARCHIVES = {".tar", ".tgz", ".txz", ".zip", ".7z", ".rar", ".bz2", ".zst", ".pdf", ".docx", ".epub"}
@@ -25,6 +26,8 @@ SIGNATURES = {
     b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive",
     b"\x1f\x8b": "packed with gzip", b"\xfd7zXZ": "packed with xz", b"BZh": "packed with bzip2",
     b"\x28\xb5\x2f\xfd": "packed with zstd", b"%PDF": "a PDF document",
+    b"{\\rtf": "an RTF document", b"PAR1": "a Parquet table",
+    b"version https://git-lfs": "a pointer of Git LFS",
 }
 
 
@@ -40,9 +43,14 @@ def suffix_of(path):
 
 def check_path(path):
     """Raise UserError unless there is a file or folder at path that can be read more than once."""
-    if path.is_symlink() and not path.exists():
+    try:
+        exists = path.exists()
+        is_link = path.is_symlink()
+    except OSError as error:  # the name is too long, a folder on the way may not be entered
+        raise UserError(f"can't read {path} ({error.strerror})") from None
+    if is_link and not exists:
         raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist")
-    if not path.exists():
+    if not exists:
         raise UserError(f"{str(path)!r} is not an existing file or folder")
     if not path.is_file() and not path.is_dir():  # a pipe: each text is read several times
         raise UserError(f"{path} is neither a file nor a folder; save the text to a file first")
@@ -74,8 +82,8 @@ def check_head(path, head):
     if head[257:262] == b"ustar" or suffix_of(path) in ARCHIVES:
         kind = kind or "an archive"
     if kind:
-        raise UserError(f"{path} is {kind}, no text: unpack it and pass the text files "
-                        "(.xz and .gz of a single text are read as they are)")
+        raise UserError(f"{path} is {kind}, no text: pass the text files that it holds or stands "
+                        "for (.xz and .gz of a single text are read as they are)")
 
 
 def read_lines(path):
@@ -106,14 +114,19 @@ def read_lines(path):
 
 def read_text(path):
     """Yield the documents of a plain text, separated by lines that are exactly <|endoftext|>."""
+    blocks = []
     lines = []
     for _, line in chain(read_lines(path), [(0, EOT_TEXT)]):
-        if line.rstrip("\r\n") == EOT_TEXT:
-            document = "".join(lines)
-            lines.clear()  # before the yield: a large document is in memory once less
-            yield document
-        else:
+        is_end = line.rstrip("\r\n") == EOT_TEXT
+        if not is_end:
             lines.append(line)
+        if is_end or len(lines) == BLOCK_LINES:
+            blocks.append("".join(lines))
+            lines.clear()
+        if is_end:
+            document = "".join(blocks)
+            blocks.clear()  # before the yield: a large document is in memory once less
+            yield document
 
 
 def parse_row(line, fields, place):

@@ -9,7 +9,7 @@ bench.py: is the decoded text the same, how fast is decoding, and what does a tr
 
 Prompts are pieces of the validation text, or those of --prompts. Training steps run on random
 tokens and fresh weights. All times are medians of the wall clock, of things that take turns: run
-it with the computer to itself.
+it with the computer to itself. Ctrl-C ends a measurement early: what was measured is still printed.
 
 To time a divergence of your own: enter it in distill.DIVERGENCES, then
 `python results/bench.py train --heads 4 --kl forward,yours`.
@@ -28,13 +28,36 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode  # noqa: E402
 import train  # noqa: E402
 from common import UserError, check_flags, flag, parse, pick_device, pick_dtype, run  # noqa: E402
+from data.errors import printable  # noqa: E402
 from data.reader import read_prompts  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# results
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while something was measured; `result` is what was measured until then"""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+
+def finite(value):
+    """the same result with None for numbers that JSON does not have: nan and the infinities"""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 # -----------------------------------------------------------------------------
 # the clock
@@ -130,13 +153,13 @@ def load(paths, cfg):
     return checkpoints
 
 
-def pick_prompts(checkpoint, cfg):
-    """-> prompts as lists of ids: of --prompts, or pieces of the validation text, spread evenly"""
-    T = checkpoint.model.config.block_size
-    room = max(T - cfg.tokens, T // 2)                    # for --tokens, or half of a short context
+def pick_prompts(checkpoint, cfg, context):
+    """-> prompts as lists of ids: of --prompts, or pieces of the validation text, spread evenly.
+    A context takes them and --tokens new tokens; of a short one, they leave at least half"""
+    room = max(context - cfg.tokens, context // 2)
     if cfg.prompts:
-        prompts = [checkpoint.tokenizer.encode(text)[:room] for text in read_prompts(cfg.prompts)]
-        return prompts[: cfg.count]
+        texts = read_prompts(cfg.prompts)[: cfg.count]
+        return [checkpoint.tokenizer.encode(text)[:room] for text in texts]
     train_cfg = train.stored_config(checkpoint.meta)
     if cfg.data:
         train_cfg = dataclasses.replace(train_cfg, data=cfg.data, tokenizer="")
@@ -174,22 +197,31 @@ def check(checkpoint, cfg):
             "without heads there is nothing to compare ordinary decoding with; give --heads 1 or "
             "more, and a checkpoint that has heads"
         )
-    prompts = pick_prompts(checkpoint, cfg)
+    prompts = pick_prompts(checkpoint, cfg, model.config.block_size)
     plain = make_decoder(model, prompts, cfg, 0)
     drafting = make_decoder(model, prompts, cfg, heads)
     print(f"{heads} heads on {model.weight.device}: {drafting.why}")
     differences = []
-    for i, prompt in enumerate(prompts):
-        (expected,), _ = decode.run_decoder(plain, [prompt], cfg.tokens)
-        (found,), _ = decode.run_decoder(drafting, [prompt], cfg.tokens)
-        if found != expected:
-            row = dict(prompt=i, **first_difference(model, prompt, expected, found))
-            print_difference(row, checkpoint.tokenizer)
-            differences.append(row)
-    same = len(prompts) - len(differences)
-    print(f"{same} of {len(prompts)} greedy continuations are identical to ordinary decoding, "
+    done = 0
+    stopped = False
+    try:
+        for i, prompt in enumerate(tqdm(prompts, "check", unit="prompt")):
+            (expected,), _ = decode.run_decoder(plain, [prompt], cfg.tokens)
+            (found,), _ = decode.run_decoder(drafting, [prompt], cfg.tokens)
+            if found != expected:
+                row = dict(prompt=i, **first_difference(model, prompt, expected, found))
+                print_difference(row, checkpoint.tokenizer)
+                differences.append(row)
+            done += 1
+    except KeyboardInterrupt:
+        stopped = True
+    same = done - len(differences)
+    print(f"{same} of {done} greedy continuations are identical to ordinary decoding, "
           f"token by token ({str(model.weight.dtype)[6:]})")
-    return dict(same=same, prompts=len(prompts), differences=differences)
+    result = dict(same=same, prompts=done, differences=differences)
+    if stopped:
+        raise Interrupted(result)
+    return result
 
 
 def first_difference(model, prompt, expected, found):
@@ -210,9 +242,9 @@ def print_difference(row, tokenizer):
     tie = ""
     if row["gap"] <= 4 * row["rounding"]:
         tie = ": a near-tie (README.md says why)"
-    print(f"prompt {row['prompt']} differs at token {row['at']}: {expected} or {found}. The main "
-          f"head's two largest logits are {row['gap']:.4g} apart; one rounding step at their size "
-          f"is {row['rounding']:.4g}{tie}")
+    tqdm.write(f"prompt {row['prompt']} differs at token {row['at']}: {expected} or {found}. The "
+               f"main head's two largest logits are {row['gap']:.4g} apart; one rounding step at "
+               f"their size is {row['rounding']:.4g}{tie}")
 
 
 # -----------------------------------------------------------------------------
@@ -220,16 +252,27 @@ def print_difference(row, tokenizer):
 
 
 def bench_checkpoints(checkpoints, cfg):
-    """bench_decoding at temperatures 0 and 1 for each checkpoint, on prompts for the first of them;
-    prints a table each -> all rows"""
-    prompts = pick_prompts(checkpoints[0], cfg)
+    """bench_decoding at temperatures 0 and 1 for each checkpoint, on the same prompts; prints a
+    table each -> all rows"""
+    context = min(checkpoint.model.config.block_size for checkpoint in checkpoints)
+    prompts = pick_prompts(checkpoints[0], cfg, context)
+    tokens = min(cfg.tokens, context - max(map(len, prompts)))
+    if tokens < cfg.tokens:
+        print(f"the shortest context, {context} tokens, leaves room for {tokens} new ones")
+        cfg = dataclasses.replace(cfg, tokens=tokens)
+    for checkpoint in checkpoints:                        # before the first is measured
+        check_decoding(checkpoint, prompts, cfg)
     one_head = {}            # temperature -> tokens/s with 1 head, of the first checkpoint with one
     result = []
     for path, model, _, _ in checkpoints:
         if model.config.n_mtp == 0:
-            print(f"{path} has no MTP heads: decoding without drafts, one token per forward")
+            name = printable(str(path))
+            print(f"{name} has no MTP heads: decoding without drafts, one token per forward")
         for temperature in (0.0, 1.0):
-            rows = bench_decoding(model, prompts, cfg, temperature)
+            try:
+                rows = bench_decoding(model, prompts, cfg, temperature)
+            except KeyboardInterrupt:
+                raise Interrupted(result) from None
             for row in rows:
                 if row["heads"] == 1:
                     one_head.setdefault(temperature, row["tokens_per_s"])
@@ -239,7 +282,25 @@ def bench_checkpoints(checkpoints, cfg):
                     row["over_one"] = row["tokens_per_s"] / one_head[temperature]
             print_decoding(path, rows)
             result += [dict(checkpoint=str(path), **row) for row in rows]
+            if rows[0]["prompts"] < len(prompts) // cfg.batch * cfg.batch:
+                raise Interrupted(result)
     return result
+
+
+def check_decoding(checkpoint, prompts, cfg):
+    """raises a UserError for what bench_decoding can't do"""
+    path, model, _, _ = checkpoint
+    counts = head_counts(model.config.n_mtp, cfg.heads)
+    if len(prompts) < cfg.batch:
+        raise UserError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)}: "
+                        "give more (--count)")
+    if counts and cfg.tokens <= model.config.n_mtp:
+        raise UserError(f"no continuation is longer than {cfg.tokens} tokens, so the acceptance of "
+                        f"{path}'s {model.config.n_mtp} heads can't be measured: give more "
+                        "--tokens or shorter prompts")
+    for heads in [0, *counts]:
+        options = [heads, 1.0, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
+        decode.check_request(model, prompts, cfg.tokens, *options)
 
 
 def head_counts(K, wanted):
@@ -253,35 +314,31 @@ def head_counts(K, wanted):
 def bench_decoding(model, prompts, cfg, temperature):
     """
     ordinary decoding and several numbers of heads on the same prompts, in turns for each prompt
-    -> rows (dicts). All but `looping` is without the prompts whose ordinary output is repetitive:
+    -> rows (dicts). All but `looping` is without the prompts whose ordinary output is repetitive,
+    unless all are:
 
     tokens_per_forward, tokens_per_s   medians over prompts
     speedup   the median over prompts of the ratio to ordinary decoding
-    ar, car   teacher-forced, on the ordinary output (see text_acceptance)
+    ar, car   teacher-forced, on the ordinary output (see count_accepted)
     predicted tokens per forward from car; speedup from it and from the times of one round
     gb_per_s  weights of the main model, read once per round
     """
     B = cfg.batch
     groups = [prompts[i : i + B] for i in range(0, len(prompts) - B + 1, B)]
-    if not groups:
-        raise UserError(
-            f"--batch {B} needs at least as many prompts; got {len(prompts)}: give more (--count)"
-        )
     generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
     counts = head_counts(model.config.n_mtp, cfg.heads)
     decoders = {}
     for heads in [0, *counts]:
         decoders[heads] = make_decoder(model, prompts, cfg, heads, B, temperature, generator)
         decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
-    texts, stats = run_in_turns(decoders, groups, cfg.tokens)
+    times = time_rounds(decoders, groups[0], cfg.tokens)
+    options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
+    texts, stats, kept = run_in_turns(decoders, groups, cfg.tokens, options)
     repetitive = [any(map(loops, texts_of_group)) for texts_of_group in texts]
-    used = [i for i in range(len(groups)) if not repetitive[i]] or list(range(len(groups)))
+    used = [i for i in range(len(texts)) if not repetitive[i]] or list(range(len(texts)))
     ar, car = [], []
     if counts:
-        pairs = [pair for i in used for pair in zip(groups[i], texts[i])]
-        options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
-        ar, car = text_acceptance(model, pairs, *options)
-    times = time_rounds(decoders, groups[0], cfg.tokens)
+        ar, car = rates(sum(kept[i] for i in used))
     weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
     rows = []
     for heads in decoders:
@@ -292,22 +349,37 @@ def bench_decoding(model, prompts, cfg, temperature):
         measured = row["tokens_per_forward"]
         row.update(predictions(1 + sum(car[:heads]), measured, times[0], times[heads]))
         row.update(gb_per_s=weights / row["ms_round"] / 1e6)
-        row.update(prompts=len(groups) * B, looping=sum(repetitive), batch=B)
+        row.update(prompts=len(texts) * B, looping=sum(repetitive), batch=B)
         rows.append(row)
     return rows
 
 
-def run_in_turns(decoders, groups, tokens):
-    """-> continuations of each group without heads, and {heads: the Stats of each group}"""
-    texts = []
+def run_in_turns(decoders, groups, tokens, options):
+    """-> continuations of each group without heads; {heads: the Stats of each group}; the sums of
+    count_accepted for each group. Ctrl-C ends it early, after the last group that was measured"""
+    model = decoders[0].model
+    texts, kept = [], []
     stats = {heads: [] for heads in decoders}
-    for group in groups:
-        for heads, decoder in decoders.items():
-            ids, own_stats = decode.run_decoder(decoder, group, tokens)
-            stats[heads].append(own_stats)
-            if heads == 0:
-                texts.append(ids)
-    return texts, stats
+    bar = tqdm(groups, "decode", unit="prompt" if len(groups[0]) == 1 else "batch")
+    try:
+        for group in bar:
+            done = {}
+            for heads, decoder in decoders.items():
+                done[heads] = decode.run_decoder(decoder, group, tokens)
+            ids = done[0][0]
+            own_kept = sum(count_accepted(model, *text, *options) for text in zip(group, ids))
+            bar.set_postfix({f"{k} heads": f"{own.tokens_per_second:.0f} tokens/s"
+                             for k, (_, own) in done.items()})
+            texts.append(ids)
+            for heads in decoders:
+                stats[heads].append(done[heads][1])
+            kept.append(own_kept)
+    except KeyboardInterrupt:
+        bar.close()
+        if not kept:
+            raise
+    # it may have come between two of these lines
+    return texts[: len(kept)], {k: own[: len(kept)] for k, own in stats.items()}, kept
 
 
 def speeds(stats, plain_stats):
@@ -352,12 +424,18 @@ def loops(ids):
     return False
 
 
-def text_acceptance(
-    model, texts, temperature=0.0, top_k=None, accept="residual", draft_vocab=None
+def text_acceptance(model, texts, *options, **more):
+    """(AR, CAR), K numbers each, over all positions of pairs of a prompt and its continuation; the
+    options are those of count_accepted"""
+    return rates(sum(count_accepted(model, *text, *options, **more) for text in texts))
+
+
+def count_accepted(
+    model, prompt, ids, temperature=0.0, top_k=None, accept="residual", draft_vocab=None
 ):
     """
-    how often a round at each position of some texts would accept drafts 1 .. k, teacher-forced.
-    texts: pairs of a prompt and its continuation -> (AR, CAR), K numbers each
+    how often a round at each position of a continuation would accept drafts 1 .. k, teacher-forced
+    -> (1+K,): the number of positions, then the sum over them for each k
 
     Greedy, it is exact: drafts are right or wrong. When sampling, draft k is accepted with
     probability sum_v min(p, q) by the rule `residual`, and p(argmax q) by the others. CAR_1 is the
@@ -366,28 +444,27 @@ def text_acceptance(
     the text is.
     """
     K = model.config.n_mtp
-    rows = []
-    for prompt, ids in texts:
-        if len(ids) <= K:
-            continue
-        tokens = torch.tensor([prompt + ids[:-1]], device=model.weight.device)
-        logits = [x[0] for x in model.all_logits(tokens)]                # (T-k, V) each
-        drafted = [x[:, :draft_vocab] for x in logits[1:]]
-        if temperature == 0:
-            choices = [x.argmax(-1)[None] for x in [logits[0], *drafted]]
-            length = decode.accepted_lengths(choices)[0]                  # (T-K,)
-            kept = length[:, None] > torch.arange(K, device=length.device)
-        else:
-            p = decode.probabilities(logits[0], temperature, top_k)
-            q = [decode.probabilities(x, temperature, top_k) for x in drafted]
-            kept = accept_probs(p, q, accept).cumprod(1)
-        rows.append(kept[len(prompt) - 1 :])                             # of the continuation
-    if not rows:
-        raise UserError(
-            f"no continuation is longer than {K} tokens, so the acceptance of {K} heads can't be "
-            "measured: give more --tokens or shorter prompts"
-        )
-    car = torch.cat(rows).cpu().double().mean(0).tolist()
+    if K == 0 or len(ids) <= K:
+        return torch.zeros(1 + K, dtype=torch.float64)
+    tokens = torch.tensor([prompt + ids[:-1]], device=model.weight.device)
+    logits = [x[0] for x in model.all_logits(tokens)]                    # (T-k, V) each
+    drafted = [x[:, :draft_vocab] for x in logits[1:]]
+    if temperature == 0:
+        choices = [x.argmax(-1)[None] for x in [logits[0], *drafted]]
+        length = decode.accepted_lengths(choices)[0]                      # (T-K,)
+        kept = length[:, None] > torch.arange(K, device=length.device)
+    else:
+        p = decode.probabilities(logits[0], temperature, top_k)
+        q = [decode.probabilities(x, temperature, top_k) for x in drafted]
+        kept = accept_probs(p, q, accept).cumprod(1)
+    kept = kept[len(prompt) - 1 :].cpu().double()                        # of the continuation
+    return F.pad(kept.sum(0), (1, 0), value=len(kept))
+
+
+def rates(kept):
+    """sums of count_accepted -> (AR, CAR)"""
+    count, *sums = kept.tolist()
+    car = [total / count for total in sums]
     ar = [after / before if before else 0.0 for before, after in zip([1.0, *car], car)]
     return ar, car
 
@@ -451,7 +528,7 @@ def print_decoding(name, rows):
     excluded = f"{first['looping']} of {groups} were excluded for repetitive output"
     if first["looping"] == groups:
         excluded = "all have repetitive output, so that the speeds say little"
-    print(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}, "
+    print(f"\n{printable(str(name))}, temperature {first['temperature']}, batch {first['batch']}, "
           f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
     widths = [int(form.split(".")[0].rstrip("d")) for _, _, form in COLUMNS]
     print(" ".join(title.rjust(width) for (title, _, _), width in zip(COLUMNS, widths)))
@@ -459,7 +536,7 @@ def print_decoding(name, rows):
         cells = []
         for (_, key, form), width in zip(COLUMNS, widths):
             cells.append(" " * width if row[key] is None else format(row[key], form))
-        print(" ".join(cells))
+        print(" ".join(cells), flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -604,7 +681,11 @@ def bench_training(cfg, device, dtype, steps=20, cases=(), vocab=50304):
             model = model.double()                        # as train.py
         group = [case for case in cases if case.n_mtp == K]
         models = [(model, case.config(cfg)) for case in group]
-        for case, row in zip(group, time_steps(models, device, dtype, steps)):
+        try:
+            times = time_steps(models, device, dtype, steps)
+        except KeyboardInterrupt:
+            raise Interrupted(rows) from None
+        for case, row in zip(group, times):
             kind = dict(n_mtp=K, beta=case.beta, top_n=case.top_n, kl=case.kl)
             rows.append({**kind, **row})
             print_step(rows[-1])
@@ -712,9 +793,16 @@ def main():
             nargs=checkpoints, metavar="CKPT", help="checkpoint written by train.py or extend.py"
         )))
     given, rest = parse(cls, __doc__, extra)
-    result = command(given, rest.get("checkpoints"))
+    stopped = False
+    try:
+        result = command(given, rest.get("checkpoints"))
+    except Interrupted as error:
+        result = error.result
+        stopped = True
     if rest["json"]:
-        print(json.dumps(result))
+        print(json.dumps(finite(result)))
+    if stopped:
+        sys.exit("bench.py: interrupted; what is printed was measured before")
 
 
 if __name__ == "__main__":

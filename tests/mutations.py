@@ -287,6 +287,9 @@ MUTATIONS = [
     ("the predicted speedup is upside down", "results/bench.py",
      "predicted_speedup=expected * ms_step / ms_round", "predicted_speedup=expected * ms_round / ms_step",
      ["test_bench.py::test_rows_with_a_clock_that_counts_forwards"]),
+    ("Ctrl-C throws away what the bench has measured", "results/bench.py",
+     "        if not kept:\n            raise\n", "        raise\n",
+     ["test_bench.py::test_what_was_measured_before_ctrl_c_is_printed"]),
 
     # ---- results/: the check, the cards
     ("the check is inside whatever the run has learned", "results/check.py",
@@ -328,6 +331,12 @@ MUTATIONS = [
     ("where two merged pairs touch, the pair between them is counted twice", "data/tokenizer.py",
      "(after != EMPTY) & (after != new)", "after != EMPTY",
      ["test_tokenizer.py::test_trainer_agrees_on_runs_and_few_letters"]),
+    ("a terminal obeys the escape sequences of a generated text", "data/errors.py",
+     "or not stream.isatty():", "or True:",
+     ["test_printable.py::test_a_prompt_and_the_text_generated_after_it"]),
+    ("on a shared disk another computer's running prepare.py is cleared away", "data/temporary.py",
+     'if host != HOST or os.name == "nt":', 'if os.name == "nt":',
+     ["test_prepare.py::test_what_killed_runs_left_is_cleared"]),
 ]
 
 

@@ -188,6 +188,47 @@ def test_prompts_that_end_in_a_loop_are_left_out(toy, rows, monkeypatch):
         assert got == want != other
 
 
+def test_where_all_prompts_end_in_a_loop_none_is_left_out(toy, monkeypatch, capsys):
+    base = None
+    for found, shown in ((False, "0 of 2 were excluded"), (True, "all have repetitive output")):
+        monkeypatch.setattr(bench, "loops", lambda ids: found)
+        out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", "--json", *as_flags(FLAGS))
+        table = json.loads(out.splitlines()[-1])
+        assert out.count(shown) == 2 and ("excluded" in out) != found
+        assert [(row["looping"], row["prompts"]) for row in table] == [(2 * found, 2)] * 6
+        got = [[row[name] for name in ("tokens_per_forward", "ar", "car")] for row in table]
+        base = base or got
+        assert got == base
+
+
+def test_a_second_checkpoint_with_a_shorter_context(toy, rows, monkeypatch, capsys):
+    model, meta = common.load_checkpoint(toy / "ckpt.pt")
+    short = GPT(dataclasses.replace(model.config, block_size=24)).double()
+    short.load_state_dict(model.state_dict())
+    common.save_checkpoint(toy / "short.pt", short, **meta)
+    table = rows(toy / "short.pt", tokens=18)
+    expected = rows(tokens=16)                          # 24 without the prompts' 8, for both
+    assert numbers(table) == numbers(expected) + numbers(expected)
+    out = call(monkeypatch, capsys, "decode", *[toy / f"{name}.pt" for name in ("ckpt", "short")],
+               *as_flags({**FLAGS, "tokens": 30, "prompt_tokens": 20}))
+    assert "the shortest context, 24 tokens, leaves room for 12 new ones" in out
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"heads": 2}, "heads is 2; this model has 1"), ({"batch": 3}, "--batch 3 needs at least"),
+    ({"draft_vocab": 258}, "draft_vocab is 258"), ({"tokens": 1}, "of .*one.pt's 1 heads"),
+])
+def test_what_a_later_checkpoint_can_not_do_is_told_first(toy, monkeypatch, changes, message):
+    model, meta = common.load_checkpoint(toy / "plain.pt")
+    one = GPT(dataclasses.replace(model.config, n_mtp=1)).double()
+    common.save_checkpoint(toy / "one.pt", one, **meta)
+    monkeypatch.setattr(bench, "bench_decoding", None)  # nothing is measured before
+    argv = ["decode", toy / "plain.pt", toy / "one.pt", *as_flags({**FLAGS, **changes})]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, argv)])
+    with pytest.raises(common.UserError, match=message):
+        bench.main()
+
+
 def test_a_checkpoint_without_heads_and_the_printed_table(toy, monkeypatch, capsys):
     checkpoints = [toy / "ckpt.pt", toy / "plain.pt"]
     out = call(monkeypatch, capsys, "decode", *checkpoints, "--json", *as_flags(FLAGS))
@@ -203,6 +244,82 @@ def test_loops_are_told_from_text():
         assert bench.loops(text)
     for text in (list(range(40)), [7] * 5, []):
         assert not bench.loops(text)
+
+
+# -----------------------------------------------------------------------------
+# Ctrl-C, and the last line
+
+
+def interrupted_call(monkeypatch, capsys, *argv):
+    """-> what `bench.py .. --json` prints until the Ctrl-C that a test makes, and that JSON"""
+    with pytest.raises(SystemExit, match="bench.py: interrupted"):  # not 0: the row is not whole
+        call(monkeypatch, capsys, *argv, "--json")
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Ctrl-C comes in the call of run_decoder whose number is decoded["stop"], from 1 on"""
+    count = {"calls": 0, "stop": 0}
+    run_decoder = decode.run_decoder
+
+    def counted(*arguments):
+        count["calls"] += 1
+        if count["calls"] == count["stop"]:
+            raise KeyboardInterrupt
+        return run_decoder(*arguments)
+    monkeypatch.setattr(decode, "run_decoder", counted)
+    return count
+
+
+@pytest.mark.parametrize("stop,tables,prompts", [
+    (4 + 4, 1, 1),                # 3 to warm up, then 3 for each prompt: in the second prompt's
+    (3 + 9 + 2, 1, 3),            # while the second table's decoders warm up
+    (3 + 9 + 3 + 8, 2, 2),        # in the third prompt of the second table
+])
+def test_what_was_measured_before_ctrl_c_is_printed(
+    toy, decoded, monkeypatch, capsys, stop, tables, prompts
+):
+    decoded["stop"] = stop
+    argv = ["decode", toy / "ckpt.pt", toy / "plain.pt", *as_flags({**FLAGS, "count": 3})]
+    out, table = interrupted_call(monkeypatch, capsys, *argv)
+    assert out.count("tok/fwd") == tables and len(table) == 3 * tables
+    assert [row["prompts"] for row in table[-3:]] == [prompts] * 3
+    assert table[-1]["tokens_per_forward"] > 1 and table[-1]["car"] > 0
+
+
+def test_ctrl_c_before_the_first_prompt(toy, decoded, monkeypatch, capsys):
+    decoded["stop"] = 5
+    out, table = interrupted_call(monkeypatch, capsys, "decode", toy / "ckpt.pt", *as_flags(FLAGS))
+    assert table == [] and "tok/fwd" not in out
+
+
+def test_ctrl_c_while_texts_are_compared(toy, decoded, monkeypatch, capsys):
+    decoded["stop"] = 6
+    flags = as_flags({**FLAGS, "count": 9})
+    out, result = interrupted_call(monkeypatch, capsys, "check", toy / "ckpt.pt", *flags)
+    assert result == dict(same=2, prompts=2, differences=[]) and "2 of 2 greedy" in out
+
+
+def test_a_bar_shows_that_many_prompts_are_decoded(toy, monkeypatch, capsys):
+    for command in ("decode", "check"):
+        argv = [command, toy / "ckpt.pt", *as_flags(FLAGS)]
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, argv)])
+        bench.main()
+        shown = capsys.readouterr().err
+        assert f"{command}: 100%" in shown and "2/2" in shown
+        assert ("1 heads=" in shown and "tokens/s" in shown) == (command == "decode")
+
+
+def test_the_last_line_is_json(toy, monkeypatch, capsys):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+    result = [dict(a=math.nan, b=[math.inf, 1.5, {"c": -math.inf}], d="NaN", e=3, f=None, g=True)]
+    monkeypatch.setattr(bench, "bench_checkpoints", lambda checkpoints, cfg: result)
+    out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", "--json", "--device=cpu")
+    assert json.loads(out.splitlines()[-1], parse_constant=refuse) == [
+        dict(a=None, b=[None, 1.5, {"c": None}], d="NaN", e=3, f=None, g=True)]
 
 
 # -----------------------------------------------------------------------------
@@ -239,7 +356,7 @@ def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
     (checkpoint,) = bench.load([toy / "ckpt.pt"], bench.CheckConfig())
     for data in ("", "other"):
         cfg = bench.CheckConfig(count=3, prompt_tokens=7, tokens=20, data=data and str(toy / data))
-        prompts = bench.pick_prompts(checkpoint, cfg)
+        prompts = bench.pick_prompts(checkpoint, cfg, 48)
         text = (toy / f"{data or 'text'}.txt").read_text(encoding="utf-8")
         assert len(prompts) == 3
         for ids in prompts:
@@ -247,7 +364,7 @@ def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
     (toy / "many.txt").write_text("a\n\nb\nc\n", encoding="utf-8")
     for count in (2, 9):
         cfg = bench.CheckConfig(count=count, prompts=str(toy / "many.txt"))
-        assert bench.pick_prompts(checkpoint, cfg) == [[97], [98], [99]][:count]
+        assert bench.pick_prompts(checkpoint, cfg, 48) == [[97], [98], [99]][:count]
     (toy / "q.jsonl").write_text('{"question": "the dog"}\n{"text": "on"}\n', encoding="utf-8")
     assert bench.read_prompts(toy / "q.jsonl") == ["the dog", "on"]
 
@@ -362,3 +479,17 @@ def test_a_registered_divergence_is_timed_beside_the_others(monkeypatch, capsys)
     off = ["fast is off" in row["loss"] for row in table]
     assert off == [False, True] + [False] * 5 + [True] * 5
     assert set(calls) == {3, 5}
+
+
+def test_ctrl_c_between_two_numbers_of_heads(monkeypatch, capsys):
+    time_steps = bench.time_steps
+
+    def stop(models, *arguments):
+        if models[0][0].config.n_mtp == 2:
+            raise KeyboardInterrupt
+        return time_steps(models, *arguments)
+    monkeypatch.setattr(bench, "time_steps", stop)
+    flags = dict(n_layer=1, n_head=2, n_embd=8, block_size=8, batch_size=2, micro_batch=2,
+                 vocab_size=11, repeats=1, heads="0,1,2", top_n="3", device="cpu")
+    _, table = interrupted_call(monkeypatch, capsys, "train", *as_flags(flags))
+    assert [row["n_mtp"] for row in table] == [0, 1, 1]

@@ -1,13 +1,18 @@
-"""data/prepare.py, dataset.py, download.py: sources, splits, downloads from a local server, bad input."""
+"""data/prepare.py, dataset.py, download.py: sources, splits, bad input, downloads from a local
+server."""
+import errno
 import gzip
 import hashlib
 import http.server
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +21,11 @@ import pytest
 from data import dataset
 from data import download as D
 from data import prepare as P
+from data import reader
 from data import tokenizer as tokenizer_module
 from data.prepare import Tokenizer, load_dataset, prepare, train_bpe  # noqa: F401 (for scripts)
 from data.errors import UserError
+from data.temporary import temporary
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -32,6 +39,11 @@ def write_jsonl(path, texts):
     return path
 
 
+def prepared(source, tokenizer, out, **options):
+    """-> (train ids, val ids, meta)"""
+    return P.load_dataset(P.prepare(source, tokenizer, out, quiet=True, **options))
+
+
 def as_text(ids, meta):
     return P.Tokenizer(meta["tokenizer"]).decode(ids.tolist())
 
@@ -40,30 +52,35 @@ def as_text(ids, meta):
 
 def test_documents_are_split_by_their_own_text(tmp_path):
     texts = documents(200)
-    few = P.load_dataset(P.prepare(write_jsonl(tmp_path / "a.jsonl", texts[:150]), "bytes", tmp_path / "few", quiet=True))
-    more = P.load_dataset(P.prepare(write_jsonl(tmp_path / "b.jsonl", texts[::-1]), "bytes", tmp_path / "more", quiet=True))
-    held_out = [set(as_text(val, meta).split("<|endoftext|>")[:-1]) for _, val, meta in (few, more)]
+    few = prepared(write_jsonl(tmp_path / "a.jsonl", texts[:150]), "bytes", tmp_path / "few")
+    more = prepared(write_jsonl(tmp_path / "b.jsonl", texts[::-1]), "bytes", tmp_path / "more")
+
+    def split_text(ids, meta):
+        return as_text(ids, meta).split("<|endoftext|>")[:-1]
+    held_out = [set(split_text(val, meta)) for _, val, meta in (few, more)]
     assert 1 < len(held_out[0]) < len(held_out[1]) < 30 and held_out[0] < held_out[1]
     train, val, meta = more
-    assert as_text(train, meta).split("<|endoftext|>")[:-1] == [t for t in texts[::-1] if t not in held_out[1]]
+    assert split_text(train, meta) == [t for t in texts[::-1] if t not in held_out[1]]
     assert meta["documents"] == 200 and meta["val_documents"] == len(held_out[1])
     assert meta["train_bytes"] + meta["val_bytes"] == sum(len(t.encode()) for t in texts)
-    assert meta["train_tokens"] == len(train) and meta["val_tokens"] == len(val) and train.dtype == np.uint16
+    assert meta["train_tokens"] == len(train) and meta["val_tokens"] == len(val)
+    assert train.dtype == np.uint16
     assert set(P.META_KEYS) <= set(meta)
 
 
 def test_one_document_is_cut_by_position(tmp_path):
     text = "é" * 55 + "\r\n" + "b" * 50
     (tmp_path / "one.txt").write_bytes(text.encode())
-    train, val, meta = P.load_dataset(P.prepare(tmp_path / "one.txt", "bytes", tmp_path / "out", quiet=True))
-    assert as_text(train, meta) == text[:96] and as_text(val, meta) == text[96:]  # int(0.9 * 107) characters, no end-of-text
+    train, val, meta = prepared(tmp_path / "one.txt", "bytes", tmp_path / "out")
+    # int(0.9 * 107) characters, no end-of-text
+    assert as_text(train, meta) == text[:96] and as_text(val, meta) == text[96:]
     assert meta["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_few_documents_fall_back_to_position(tmp_path):
     texts = [text for text in documents(30) if not P.is_val(text)][:3]
-    train, val, meta = P.load_dataset(P.prepare(write_jsonl(tmp_path / "a.jsonl", texts), "bytes", tmp_path / "out",
-                                                quiet=True))
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    train, val, meta = prepared(source, "bytes", tmp_path / "out")
     everything = as_text(train, meta) + as_text(val, meta)
     assert everything == "".join(text + "<|endoftext|>" for text in texts) and len(val) > 2
     assert meta["sha256"] == hashlib.sha256("<|endoftext|>\n".join(texts).encode()).hexdigest()
@@ -94,29 +111,34 @@ def test_an_unfair_split_falls_back_to_position(tmp_path, capsys, for_val, rule)
 
 
 def test_separators_val_and_compression(tmp_path):
-    source = "first\n<|endoftext|>\nsecond <|endoftext|> inline\n<|endoftext|>\r\n\n<|endoftext|>\nthird"
+    source = ("first\n<|endoftext|>\nsecond <|endoftext|> inline\n<|endoftext|>\r\n\n"
+              "<|endoftext|>\nthird")
     with lzma.open(tmp_path / "a.train.txt.xz", "wb") as file:
         file.write(source.encode())
     with gzip.open(tmp_path / "a.val.jsonl.gz", "wb") as file:
         file.write(b'{"text": "held out"}\n\n{"text": "too"}\n')
-    folder = P.prepare(tmp_path / "a.train.txt.xz", "bpe:300", tmp_path / "out", val=tmp_path / "a.val.jsonl.gz", quiet=True)
-    train, val, meta = P.load_dataset(folder)
+    train, val, meta = prepared(tmp_path / "a.train.txt.xz", "bpe:300", tmp_path / "out",
+                                val=tmp_path / "a.val.jsonl.gz")
     tokenizer = P.Tokenizer(meta["tokenizer"])
-    assert tokenizer.decode(train) == "first\n<|endoftext|>second <|endoftext|> inline\n<|endoftext|>third<|endoftext|>"
+    assert tokenizer.decode(train) == (
+        "first\n<|endoftext|>second <|endoftext|> inline\n<|endoftext|>third<|endoftext|>")
     assert (train == meta["eot"]).sum() == 3  # the inline one is text
     assert tokenizer.decode(val) == "held out<|endoftext|>too<|endoftext|>"
 
 
 def test_folder_is_read_in_order(tmp_path):
     (tmp_path / "in" / "b").mkdir(parents=True)
-    for name, text in [("b/x.md", "three"), ("a.txt", "one"), ("b.txt", "two"), ("skip.png", "\udcff"), ("b/y.py", "four")]:
+    texts = {"b/x.md": "three", "a.txt": "one", "b.txt": "two", "skip.png": "\udcff",
+             "b/y.py": "four"}
+    for name, text in texts.items():
         (tmp_path / "in" / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     assert list(P.read_source(tmp_path / "in", set())) == ["one", "two", "three", "four"]
 
 
 def test_what_a_folder_hides_is_left_out(tmp_path):
     root = tmp_path / "in"
-    for name in ("a.txt", ".hidden.txt", "._a.txt", ".git/b.txt", "c/.d/e.txt", "g.tar.gz", "h.zip"):
+    names = ("a.txt", ".hidden.txt", "._a.txt", ".git/b.txt", "c/.d/e.txt", "g.tar.gz", "h.zip")
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name, encoding="utf-8")
     (root / "c" / "f.JSONL").write_text('{"text": "rows"}', encoding="utf-8")
@@ -139,14 +161,16 @@ def test_the_folder_of_a_text_has_its_name_and_stamp(tmp_path, monkeypatch):
     assert P.find_dataset(str(tmp_path / "in"), "bytes") != folder
     with pytest.raises(UserError, match="no data is named"):
         P.find_dataset("")
+    with pytest.raises(UserError, match="x" * 300):
+        P.find_dataset("x" * 300)
 
 
 def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, monkeypatch):
     root = tmp_path / "lib"
-    for name in ("z.py", "a/b.py", "a-b.py", "test/t.py", "a/tests/t.py", "site-packages/p.py", "encodings/x.py",
-                 "_sysconfigdata_x.py", "a/note.txt"):
+    for name in ("z.py", "a/b.py", "a-b.py", "test/t.py", "a/tests/t.py", "site-packages/p.py",
+                 "encodings/x.py", "_sysconfigdata_x.py", "a/note.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode() + b"\r\n")
+        (root / name).write_bytes(b"\xef\xbb\xbf" * (name == "z.py") + name.encode() + b"\r\n")
     (root / "latin.py").write_bytes(b"# caf\xe9")
     (root / "empty.py").write_bytes(b"")
     (root / ".#lock.py").symlink_to(tmp_path / "nothing")  # an editor's
@@ -161,7 +185,8 @@ def test_summary_counts_skipped_python_files(tmp_path, monkeypatch, capsys):
     for name, data in [("a.py", b"x = 1\n" * 20), ("b.py", b"# caf\xe9"), ("c.py", b"\xff\xfe")]:
         (tmp_path / name).write_bytes(data)
     monkeypatch.setattr(P.sysconfig, "get_path", lambda name: str(tmp_path))
-    folder = P.prepare("python", "bpe:258", tmp_path / "out")  # reads the files three times, and counts them once
+    # reads the files three times, and counts them once
+    folder = P.prepare("python", "bpe:258", tmp_path / "out")
     assert "1 documents (0 for validation), 2 files skipped as not UTF-8" in capsys.readouterr().out
     assert P.load_dataset(folder)[2]["skipped_files"] == 2
 
@@ -171,25 +196,52 @@ def test_python_packages_come_after_the_library(tmp_path, monkeypatch):
     for folder in ("lib", "site"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text(folder, encoding="utf-8")
-    folders = {"stdlib": "lib", "purelib": "site", "platlib": "site/../site"}  # two names of one folder: read once
+    # two names of one folder: read once
+    folders = {"stdlib": "lib", "purelib": "site", "platlib": "site/../site"}
     monkeypatch.setattr(P.sysconfig, "get_path", lambda name: str(tmp_path / folders[name]))
     assert list(P.read_source("python+packages", set())) == ["lib", "site"]
     assert list(P.read_source("python", set())) == ["lib"]
 
 
 def test_sample_is_even_and_from_training_text_only():
-    parts = [("a" * 100_000, "train", True), ("v" * 100_000, "val", True), ("b" * 100_000, "train", True)]
+    parts = [(letter * 100_000, "val" if letter == "v" else "train", True) for letter in "avb"]
     text = "".join(P.sample(iter(parts), 0.25))
-    assert "v" not in text and 40_000 < len(text) < 60_000 and 0.4 < text.count("a") / len(text) < 0.6
+    assert "v" not in text and 40_000 < len(text) < 60_000
+    assert 0.4 < text.count("a") / len(text) < 0.6
 
 
 def test_text_larger_than_a_batch(tmp_path):
-    path = write_jsonl(tmp_path / "big.jsonl", ["x " * 200_000 + str(i) for i in range(8)])  # 3.2 MB
-    small = list(P.batches([(text, "train", True) for text in P.read_source(path, set())], size=1 << 20))
+    texts = ["x " * 200_000 + str(i) for i in range(8)]  # 3.2 MB
+    path = write_jsonl(tmp_path / "big.jsonl", texts)
+    parts = [(text, "train", True) for text in P.read_source(path, set())]
+    small = list(P.batches(parts, size=1 << 20))
     rows = [row for batch in small for row in batch]
     assert len(small) > 2 and all(len(piece) <= 262144 for piece, _, _ in rows)
     assert sum(ends for _, _, ends in rows) == 8
-    assert "".join(piece + "|" * ends for piece, _, ends in rows) == "".join(f"{t}|" for t in P.read_source(path, set()))
+    joined = "".join(piece + "|" * ends for piece, _, ends in rows)
+    assert joined == "".join(f"{text}|" for text in texts)
+
+
+@pytest.mark.parametrize("line,count", [
+    ("7\n", 60_000), ("x" * 999 + "\n", 4_000), ("x" * 4_000_000, 1),
+])
+def test_a_large_document_is_in_memory_two_to_three_times(tmp_path, monkeypatch, line, count):
+    (tmp_path / "a.txt").write_bytes((line * count).encode())
+    monkeypatch.setattr(reader, "BLOCK_LINES", 64)
+    documents = P.Documents(tmp_path / "a.txt", None)
+
+    def split():
+        for _ in P.batches(P.split(documents, 1, int(0.9 * documents.characters)), size=1 << 14):
+            pass
+    tracemalloc.start()
+    try:
+        for function in (lambda: documents.read(quiet=True), split):
+            tracemalloc.reset_peak()
+            function()
+            left, peak = tracemalloc.get_traced_memory()
+            assert peak < 2.9 * len(line) * count + 300_000 and left < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_shakespeare_by_position(tmp_path, monkeypatch):
@@ -208,8 +260,9 @@ def test_the_bundled_stories_are_the_same_everywhere(tmp_path):
     assert 0.05 < len(val) / (len(train) + len(val)) < 0.08
     text = as_text(train, meta) + as_text(val, meta)
     assert text.startswith("THE CYCLONE\n\nDorothy lived") and "\r" not in text
-    for foreign in ("Gutenberg", "Transcriber", "Illustration", "Copyright", "CHAPTER", "\u201c", "_"):
+    for foreign in ("Gutenberg", "Transcriber", "Illustration", "Copyright", "CHAPTER"):
         assert foreign not in text
+    assert "\u201c" not in text and "_" not in text
     assert sum(path.stat().st_size for path in P.STORIES) < 900_000
 
 
@@ -217,7 +270,8 @@ def test_stories_are_the_default(tmp_path):
     import train
     assert train.TrainConfig.data == "stories" and train.PRESETS["tiny"]["tokenizer"] == "bpe:2048"
     assert "data" not in train.PRESETS["tiny"]
-    assert (train.PRESETS["small"]["data"], train.PRESETS["small"]["tokenizer"]) == ("python", "bpe:8192")
+    small = train.PRESETS["small"]
+    assert (small["data"], small["tokenizer"]) == ("python", "bpe:8192")
     (tmp_path / "v.txt").write_text("another validation text", encoding="utf-8")
     folder = P.prepare("stories", "bytes", tmp_path / "out", val=tmp_path / "v.txt", quiet=True)
     _, val, meta = P.load_dataset(folder)
@@ -228,13 +282,15 @@ def test_stories_are_the_default(tmp_path):
 
 @pytest.fixture
 def good(tmp_path):
-    return P.prepare(write_jsonl(tmp_path / "good.jsonl", documents(60)), "bpe:300", tmp_path / "good", quiet=True)
+    source = write_jsonl(tmp_path / "good.jsonl", documents(60))
+    return P.prepare(source, "bpe:300", tmp_path / "good", quiet=True)
 
 
 def edit_meta(folder, **changes):
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     meta.update(changes)
-    (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if v != "gone"}), encoding="utf-8")
+    left = {key: value for key, value in meta.items() if value != "gone"}
+    (folder / "meta.json").write_text(json.dumps(left), encoding="utf-8")
 
 
 def write_id(folder, name, id):
@@ -314,7 +370,7 @@ def test_only_large_sets_are_mapped(good, monkeypatch):
     ("a.txt", b"", "no text"),
     ("a.txt", b" \n\t\n", "no text"),
     ("a.txt", b"x", "too short"),
-    ("a.txt", b"good\n<|endoftext|>\nbad \xff here", r"a\.txt is not UTF-8: line 3, byte 5 is 0xff"),
+    ("a.txt", b"good\n<|endoftext|>\nbad \xff here", "a.txt is not UTF-8: line 3, byte 5 is 0xff"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a\.jsonl, line 2: expected .*text"),
     ("a.jsonl", b'{"text": 3}\n', "line 1"),
     ("a.jsonl", b"[]\n", "line 1"),
@@ -337,8 +393,10 @@ def test_bad_text_leaves_nothing_and_the_old_dataset(tmp_path, good, name, conte
 @pytest.mark.parametrize("arguments,message", [
     ({"tokenizer": "bpe:256"}, "257 to 65536"), ({"tokenizer": "bpe:65537"}, "257 to 65536"),
     ({"tokenizer": "bpe:x"}, "unknown tokenizer"), ({"tokenizer": "gpt3"}, "unknown tokenizer"),
-    ({"source": "no-such-thing"}, "no-such-thing.*expected stories, python"), ({"val": "no-such-file"}, "no-such-file"),
-    ({"source": "fineweb-edu", "shards": 0}, "1 to 99"), ({"source": "fineweb-edu", "shards": 100}, "1 to 99"),
+    ({"source": "no-such-thing"}, "no-such-thing.*expected stories, python"),
+    ({"val": "no-such-file"}, "no-such-file"), ({"val": ""}, "validation text is empty"),
+    ({"source": "fineweb-edu", "shards": 0}, "1 to 99"),
+    ({"source": "fineweb-edu", "shards": 100}, "1 to 99"),
     ({"source": "fineweb-edu", "tokenizer": "bytes"}, "gpt2"), ({"sample_mb": 0}, "sample_mb"),
 ])
 def test_bad_arguments(tmp_path, arguments, message):
@@ -375,7 +433,58 @@ def test_a_failed_rename_rolls_back(tmp_path, good, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(PermissionError):
         P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
-    assert (good / "meta.json").read_bytes() == before and not list(tmp_path.glob("*.old*")) + list(tmp_path.glob("*.part*"))
+    assert (good / "meta.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "good.jsonl"]
+
+
+@pytest.mark.parametrize("error,message", [
+    (OSError(errno.ENOSPC, "No space left"), "good .No space left.: free some space"),
+    (OSError(errno.EDQUOT, "Quota exceeded"), "good .Quota exceeded.: free some space"),
+    (OSError(errno.EIO, "Input/output error"), "good .Input/output error.: choose another one"),
+    (PermissionError(13, "denied", "x.txt"), "can't read or write x.txt .denied"),
+])
+def test_what_the_system_refuses_is_told_in_one_line(tmp_path, good, monkeypatch, error, message):
+    before, listing = (good / "meta.json").read_bytes(), sorted(tmp_path.iterdir())
+
+    def refuse(*arguments):
+        raise error
+    monkeypatch.setattr(P, "write_ids", refuse)
+    with pytest.raises(UserError, match=message):
+        P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    assert sorted(tmp_path.iterdir()) == listing and (good / "meta.json").read_bytes() == before
+    monkeypatch.setattr(P, "text_files", refuse)
+    with pytest.raises(UserError, match=message.replace("good .", "good.jsonl .")):
+        P.find_dataset(str(tmp_path / "good.jsonl"))
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_another_run_replaces_the_dataset_at_the_same_time(tmp_path, good, monkeypatch, others):
+    replace, arrived = os.replace, []
+
+    def with_another(source, target):
+        # its dataset comes just before ours is renamed
+        if ".part-" in str(source) and len(arrived) < others:
+            shutil.copytree(source, target)
+            arrived.append(target)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", with_another)
+    P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    assert len(arrived) == others and P.load_dataset(good)[2]["vocab_size"] == 257
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "good.jsonl"]
+
+
+def test_another_run_has_just_moved_the_dataset_aside(tmp_path, good, monkeypatch):
+    replace, moved = os.replace, []
+
+    def with_another(source, target):
+        is_ready = list(tmp_path.glob("good.part-*/meta.json"))
+        if is_ready and not moved:
+            moved.append(good.rename(tmp_path / "aside"))
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", with_another)
+    P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
+    assert moved and P.load_dataset(good)[2]["vocab_size"] == 257
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", "good", "good.jsonl"]
 
 
 def test_a_text_that_grows_between_the_passes_is_noticed(tmp_path, good, monkeypatch):
@@ -406,6 +515,14 @@ def test_what_killed_runs_left_is_cleared(tmp_path, good):
     for name in [f"good.part-{gone}", f"good.old-{gone}", *kept]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.bin").write_bytes(b"half")
+    other_host = [f"good.part-other-{number}" for number in (gone, os.getpid(), 1)]
+    for name in other_host:
+        (tmp_path / name).mkdir()
+    day_ago = time.time() - 86_500
+    os.utime(tmp_path / other_host[2], (day_ago, day_ago))
+    kept += other_host[:2]
+    mine = temporary(good, "part").name
+    (tmp_path / mine.replace(str(os.getpid()), str(gone))).mkdir()
     thesis = tmp_path / f"good.part-{gone}0"
     thesis.mkdir()
     (thesis / "thesis.txt").write_text("years of work", encoding="utf-8")
@@ -431,6 +548,8 @@ def test_an_out_that_can_not_be_replaced_fails_before_the_work(tmp_path, good, m
         P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path / "good.jsonl", quiet=True)
     with pytest.raises(UserError, match="can't make or replace .*choose another folder"):
         P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path / "good.jsonl" / "out", quiet=True)
+    with pytest.raises(UserError, match="can't be replaced: choose another folder"):
+        P.prepare(tmp_path / "good.jsonl", "bytes", tmp_path.anchor, quiet=True)
 
     def mount_point(source, target):
         raise OSError(16, "Device or resource busy", str(source))
@@ -446,26 +565,46 @@ def test_prepare_again_replaces(tmp_path, good):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "good.jsonl"]
 
 
+def run_prepare(*arguments):
+    """the command, in the current folder; what it prints is UTF-8"""
+    command = [sys.executable, str(REPO / "data" / "prepare.py"), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+
+
 def test_command_line(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", documents(60))
-
-    def run(*arguments):
-        return subprocess.run([sys.executable, str(REPO / "data" / "prepare.py"), *arguments], cwd=tmp_path, check=False,
-                              capture_output=True, text=True, encoding="utf-8")
+    run = run_prepare
     done = run("a.jsonl", "--tokenizer", "bytes", "--out", "made")
-    assert done.returncode == 0 and "bytes per token" in done.stdout and "sha256" in done.stdout, done.stderr
+    assert done.returncode == 0 and "bytes per token" in done.stdout, done.stderr
+    assert "sha256" in done.stdout
     assert P.load_dataset(tmp_path / "made")[2]["source"] == "a.jsonl"
     bad = run("missing.txt")
     assert bad.returncode == 1
-    assert bad.stderr.startswith("prepare.py: 'missing.txt' is neither a known source nor an existing")
+    assert bad.stderr.startswith("prepare.py: 'missing.txt' is neither a known source nor an exis")
     assert bad.stderr.count("\n") == 1
     (tmp_path / "bad.jsonl").write_text("null", encoding="utf-8")
-    for arguments in (["bad.jsonl"], ["a.jsonl", "--tokenizer", "x"], ["a.jsonl", "--val", "gone"], [""]):
+    for arguments in (["bad.jsonl"], ["a.jsonl", "--tokenizer", "x"], ["a.jsonl", "--val", "gone"],
+                      [""]):
         bad = run(*arguments, "--out", "made")
         assert bad.returncode == 1 and "Traceback" not in bad.stderr
         assert bad.stderr.splitlines()[-1].startswith("prepare.py: ")
     usage = run("-h")
-    assert usage.returncode == 0 and all(flag in usage.stdout for flag in ("--shards", "--val", "--sample_mb", "bpe:2048"))
+    assert usage.returncode == 0
+    for word in ("--shards", "--val", "--sample_mb", "bpe:2048"):
+        assert word in usage.stdout
+
+
+def test_names_that_are_not_utf8(tmp_path, monkeypatch):
+    try:
+        write_jsonl(tmp_path / "a\udcff.jsonl", documents(60))
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes UTF-8 names only")
+    monkeypatch.setattr(P, "HERE", tmp_path / "data")
+    source = str(tmp_path / "a\udcff.jsonl")
+    assert P.find_dataset(source, "bytes") == P.find_dataset(source, "bytes")
+    done = run_prepare(source, "--tokenizer", "bytes", "--out", "b\udcff")
+    assert done.returncode == 0 and "b\\udcff: 60 documents" in done.stdout, done.stderr
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
@@ -476,8 +615,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch):
     with pytest.raises(IndexError):
         P.main()
     for error, shown in [(UserError("no text"), "prepare.py: no text"),
-                         (KeyboardInterrupt(), "interrupted"),
-                         (PermissionError(13, "Permission denied", "x.txt"), "x.txt")]:
+                         (KeyboardInterrupt(), "interrupted")]:
         def fail(**arguments):
             raise error
         monkeypatch.setattr(P, "prepare", fail)
@@ -537,6 +675,10 @@ def shard(ids, count=None):
     return header.tobytes() + np.array(ids, dtype="<u2").tobytes()
 
 
+def serve_shards(server, contents):
+    server.files = {f"/finewebedu_{name}.bin": shard(ids) for name, ids in contents.items()}
+
+
 def must_hold(body):
     def check(file):
         if file.read_bytes() != body:
@@ -554,7 +696,8 @@ def test_download_resumes(server, tmp_path, ranges):
     assert not path.exists() and (tmp_path / "f.part").read_bytes() == body[:2000]
     server.break_after = 1 << 30
     D.download(server.url + "f", path, check, quiet=True)
-    assert path.read_bytes() == body and server.requests[1] == ("/f", "bytes=2000-") and not (tmp_path / "f.part").exists()
+    assert path.read_bytes() == body and server.requests[1] == ("/f", "bytes=2000-")
+    assert not (tmp_path / "f.part").exists()
 
 
 def test_a_stale_part_is_dropped(server, tmp_path):
@@ -572,6 +715,40 @@ def test_a_complete_part_is_kept(server, tmp_path):
     D.download(server.url + "f", tmp_path / "f", must_hold(b"all of it"), quiet=True)
     assert (tmp_path / "f").read_bytes() == b"all of it" and not (tmp_path / "f.part").exists()
     assert not server.requests
+
+
+def test_two_processes_download_one_file(server, tmp_path, monkeypatch):
+    body = os.urandom(5000)
+    server.files["/f"], server.break_after = body, 2000
+    path, check = tmp_path / "f", must_hold(body)
+    with pytest.raises(UserError):
+        D.download(server.url + "f", path, check, quiet=True)
+    server.break_after = 1 << 30
+    transfer, own = D.transfer, os.getpid()
+    sizes = []
+
+    def with_another(url, part, name, quiet):
+        sizes.append(part.stat().st_size if part.exists() else 0)
+        if len(sizes) == 1:  # the other one comes while this one's part lies there
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: own + 1)
+                D.download(url, path, check, quiet=True)
+            path.unlink()
+        transfer(url, part, name, quiet)
+    monkeypatch.setattr(D, "transfer", with_another)
+    D.download(server.url + "f", path, check, quiet=True)
+    assert sizes == [2000, 0] and path.read_bytes() == body
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["f"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a day must pass: see is_running")
+def test_the_part_of_a_killed_download_is_resumed(server, tmp_path):
+    server.files["/f"] = b"all of it"
+    part = temporary(tmp_path / "f", "part").name.replace(str(os.getpid()), str(no_such_process()))
+    (tmp_path / part).write_bytes(b"all")
+    D.download(server.url + "f", tmp_path / "f", must_hold(b"all of it"), quiet=True)
+    assert server.requests == [("/f", "bytes=3-")]
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["f"]
 
 
 def test_shakespeare_download(server, tmp_path, monkeypatch):
@@ -598,7 +775,8 @@ def test_a_damaged_download_is_fetched_anew(server, tmp_path):
 
 
 def test_offline(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")  # nobody listens there
+    # nobody listens there
+    monkeypatch.setattr(D, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     with pytest.raises(UserError, match=r"tinyshakespeare.txt by hand.*prepare.py. .stories"):
         P.prepare("shakespeare", out=tmp_path / "s", quiet=True)
     monkeypatch.setattr(D, "SHAKESPEARE_URL", server.url + "nothing")
@@ -623,8 +801,9 @@ class NoGPT2:  # of the vocabulary's size; one byte for each id
 def test_fineweb_shards(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "load_gpt2", NoGPT2)
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
-    contents = {"val_000000": [50256, 1, 2, 3], "train_000001": [50256, 4, 5], "train_000002": [50256, 6, 50256, 7]}
-    server.files = {f"/finewebedu_{name}.bin": shard(ids) for name, ids in contents.items()}
+    contents = {"val_000000": [50256, 1, 2, 3], "train_000001": [50256, 4, 5],
+                "train_000002": [50256, 6, 50256, 7]}
+    serve_shards(server, contents)
     one = P.load_dataset(P.prepare("fineweb-edu", out=tmp_path / "one", quiet=True))
     two = P.load_dataset(P.prepare("fineweb-edu", out=tmp_path / "two", shards=2, quiet=True))
     assert one[0].tolist() == contents["train_000001"]
@@ -638,13 +817,15 @@ def test_fineweb_byte_counts(server, tmp_path, monkeypatch):
     gpt2 = gpt2_tokenizer()
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
     ids = [gpt2.eot, *gpt2.encode("a café\n")]
-    server.files = {f"/finewebedu_{name}.bin": shard(ids) for name in ("val_000000", "train_000001")}
+    serve_shards(server, dict.fromkeys(("val_000000", "train_000001"), ids))
     meta = P.load_dataset(P.prepare("fineweb-edu", out=tmp_path / "one", quiet=True))[2]
     assert meta["val_bytes"] == meta["train_bytes"] == len("a café\n".encode())
 
 
-@pytest.mark.parametrize("body", [b"<!doctype html><title>Rate limited</title>" * 50, b"", shard([1, 2, 3], count=4),
-                                  shard([1])[:900], b"\0" * 2000])
+@pytest.mark.parametrize("body", [
+    b"<!doctype html><title>Rate limited</title>" * 50, b"", shard([1, 2, 3], count=4),
+    shard([1])[:900], b"\0" * 2000,
+])
 def test_a_wrong_shard_is_never_kept(server, tmp_path, monkeypatch, body):
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
     server.files = {"/finewebedu_val_000000.bin": body}
@@ -655,7 +836,7 @@ def test_a_wrong_shard_is_never_kept(server, tmp_path, monkeypatch, body):
 
 def test_a_shard_with_foreign_ids(server, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "FINEWEB_URL", server.url)
-    server.files = {f"/finewebedu_{name}.bin": shard([1, 60000]) for name in ("val_000000", "train_000001")}
+    serve_shards(server, dict.fromkeys(("val_000000", "train_000001"), [1, 60000]))
     with pytest.raises(UserError, match="holds the id 60000"):
         P.prepare("fineweb-edu", out=tmp_path / "f", quiet=True)
     assert not list(D.DOWNLOADS.iterdir()) and not (tmp_path / "f").exists()

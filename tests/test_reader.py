@@ -56,6 +56,9 @@ def tar(name):
     ("a.tar", b"an old tar without a signature", "is an archive"),
     ("a.txt", b"BZh91AY", "is packed with bzip2"),
     ("a.txt", b"%PDF-1.7\n", "is a PDF"),
+    ("a.txt", b"{\\rtf1\\ansi some text}", "is an RTF document, .*pass the text files"),
+    ("a.parquet", b"PAR1 text PAR1", "is a Parquet table"),
+    ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git"),
     ("a.txt", "hello\n".encode("utf-16-le"), "line 1 holds a zero byte"),
     ("a.txt", b"fine\n\0", "line 2 holds a zero byte"),
     ("a.txt.gz", gzip.compress(b"cut" * 1000)[:-10], "damaged"),
@@ -85,6 +88,8 @@ def test_paths_that_can_not_be_read(tmp_path, monkeypatch):
             call(tmp_path / "link.txt")
     with pytest.raises(UserError, match="'.*gone.jsonl' is not an existing file"):
         read_prompts(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match="x" * 300):  # too long for most systems
+        read_prompts("x" * 300)
     with pytest.raises(UserError, match="is a folder; expected a file of prompts"):
         read_prompts(tmp_path / "in")
     if hasattr(os, "mkfifo"):

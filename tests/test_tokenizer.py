@@ -12,7 +12,8 @@ import pytest
 from data.errors import UserError
 from data.tokenizer import PATTERN, SECTION, Tokenizer, bpe_spec, train_bpe
 
-TEXT = "def f(x):\n    return x + 1\n\n\nfor i in range(10):\n    if f(i) > 3:\n        print('café', i)\r\n\tdone 12345 !!\n"
+TEXT = ("def f(x):\n    return x + 1\n\n\nfor i in range(10):\n    if f(i) > 3:\n"
+        "        print('café', i)\r\n\tdone 12345 !!\n")
 
 
 def slow_bpe(text, vocab_size):
@@ -79,7 +80,8 @@ def test_trainer_without_text():
 def test_trainer_sizes():
     assert len(train_bpe([TEXT * 3], 257)) == 256
     assert len(train_bpe([TEXT * 3], 300)) == 299
-    assert len(train_bpe(["ab ab"], 300)) == 257 and train_bpe(["ab ab"], 300)[-1] == b"ab"  # no other pair occurs twice
+    ranks = train_bpe(["ab ab"], 300)  # no other pair occurs twice
+    assert len(ranks) == 257 and ranks[-1] == b"ab"
 
 
 def test_bpe_compresses_and_indentation_is_one_token():
@@ -102,13 +104,15 @@ def test_tokenizer_round_trip(kind, vocab_size):
     tokenizer = tokenizer_of(kind)
     assert tokenizer.vocab_size == (vocab_size or len(tokenizer.spec["ranks"]) + 1)
     assert tokenizer.eot == tokenizer.vocab_size - 1
-    every = "".join(chr(c) for c in range(0x3000) if not 0xD800 <= c < 0xE000) + "日本語 🙂 한국어 e\u0301 \U0010ffff"
-    for text in ["", TEXT, every, "<|endoftext|>", " " * 500 + "x" * 500 + "\n" * 300 + "-" * 300, "\r\n \r\n\t\x1c\x85 \u2028"]:
+    every = "".join(map(chr, range(0x3000))) + "日本語 🙂 한국어 e\u0301 \U0010ffff"
+    long = " " * 500 + "x" * 500 + "\n" * 300 + "-" * 300
+    for text in ["", TEXT, every, "<|endoftext|>", long, "\r\n \r\n\t\x1c\x85 \u2028"]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert b"".join(tokenizer.token_bytes(i) for i in ids) == text.encode()
         assert tokenizer.eot not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
-    assert tokenizer.encode_batch([TEXT, "", every]) == [tokenizer.encode(TEXT), [], tokenizer.encode(every)]
+    ids = [tokenizer.encode(TEXT), [], tokenizer.encode(every)]
+    assert tokenizer.encode_batch([TEXT, "", every]) == ids
     assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == "\ufffd"
     half = next(i for i in range(256) if tokenizer.token_bytes(i) == "é".encode()[:1])
@@ -121,10 +125,13 @@ def test_tokenizer_round_trip(kind, vocab_size):
             tokenizer.token_bytes(bad)
     # the spec survives JSON, and pieces of a long text join to what the whole text gives
     again = Tokenizer(json.loads(json.dumps(tokenizer.spec)))
-    text = "".join(f"line {i} of a ({i % 13}) long text.   \n\n\t{'  ' * (i % 5)}end{i}\r\n" for i in range(12000))
+    text = ""
+    for i in range(12000):
+        text += f"line {i} of a ({i % 13}) long text.   \n\n\t{'  ' * (i % 5)}end{i}\r\n"
     pieces = SECTION.findall(text)
     assert len(pieces) > 1 and "".join(pieces) == text
-    assert all(after[0] in "\r\n" and not before[-1].isspace() for before, after in pairwise(pieces))
+    for before, after in pairwise(pieces):
+        assert after[0] in "\r\n" and not before[-1].isspace()
     assert list(chain(*again.encode_batch(pieces))) == tokenizer.encode(text)
 
 
@@ -150,6 +157,9 @@ def test_bad_spec(spec):
 
 def test_gpt2_out_of_reach(monkeypatch):
     import tiktoken
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no network")))
+
+    def no_network(name):
+        raise OSError("no network")
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(UserError, match=r"TIKTOKEN_CACHE_DIR.*bytes.*bpe:N"):
         Tokenizer({"kind": "gpt2"})
