@@ -78,10 +78,10 @@ def speculative_round(model, tokens, heads, temperature, generator=None):
     for k, x in enumerate(drafts):
         p, q = target_probs[k], draft_probs[k]
         if not bernoulli(p[x] / q[x], noise.accept[0, k]):
-            return drafts[:k] + [int(sample(residual_probs(p, q), noise.emit[0, 0]))]
+            return drafts[:k] + [int(sample(residual_probs(p, q), noise.emit[0]))]
 
     # all accepted: emit one more token, from the last row
-    return drafts + [int(sample(target_probs[-1], noise.emit[0, 0]))]
+    return drafts + [int(sample(target_probs[-1], noise.emit[0]))]
 
 
 # -----------------------------------------------------------------------------
@@ -90,25 +90,25 @@ def speculative_round(model, tokens, heads, temperature, generator=None):
 
 
 class Noise(NamedTuple):
-    """random numbers of a round, from the exponential distribution of mean 1"""
+    """random numbers of a round, from the exponential distribution of mean 1. The rule `match`
+    samples all of its K+1 tokens with `numbers`"""
 
     numbers: torch.Tensor  # (B, n) all of them; the other three are parts of it
-    draft: torch.Tensor    # (B, K, V) to sample the drafts; K = 0 where a rule takes the argmax
-    accept: torch.Tensor   # (B, K) to accept them; none for the rule `match`
-    emit: torch.Tensor     # (B, R, V) to sample from the target: R = 1, or K+1 for `match`
+    draft: torch.Tensor    # (B, K, V) to sample the drafts; none for the rule `point`
+    accept: torch.Tensor   # (B, K) to accept them; none for `match`
+    emit: torch.Tensor     # (B, V) to sample the token after them
 
 
 def make_noise(rule, B, K, like):
     """-> Noise of zeros: numbers.exponential_() fills it. `like` is the output head (V, d), which
     gives V, the device and the dtype"""
     V = len(like)
-    rows = {"residual": (K, K, 1), "point": (0, K, 1), "match": (0, 0, K + 1)}
-    draft, accept, emit = rows[rule]
-    sizes = [draft * V, accept, emit * V]
+    to_draft = 0 if rule == "point" else K * V
+    to_accept = 0 if rule == "match" else K
     dtype = torch.promote_types(like.dtype, torch.float32)
-    numbers = like.new_zeros(B, sum(sizes), dtype=dtype)
-    drafts, accepts, emits = numbers.split(sizes, dim=1)
-    return Noise(numbers, drafts.view(B, draft, V), accepts, emits.view(B, emit, V))
+    numbers = like.new_zeros(B, to_draft + to_accept + V, dtype=dtype)
+    draft, accept, emit = numbers.split([to_draft, to_accept, V], dim=1)
+    return Noise(numbers, draft.unflatten(1, (-1, V)), accept, emit)
 
 
 def bernoulli(prob, noise):
@@ -176,7 +176,7 @@ def residual(target_probs, draft_probs, drafts, noise):
     draft_probs = F.pad(draft_probs, (0, 0, 0, 1))        # in row K q is 0, and (p - 0)+ = p
     p = select_row(target_probs, accepted)                # (B, V)
     q = select_row(draft_probs, accepted)
-    return accepted, sample(residual_probs(p, q), noise.emit[:, 0])
+    return accepted, sample(residual_probs(p, q), noise.emit)
 
 
 def point(target_probs, draft_probs, drafts, noise):
@@ -189,7 +189,7 @@ def point(target_probs, draft_probs, drafts, noise):
 def match(target_probs, draft_probs, drafts, noise):
     """sample y ~ p at every row and emit it; continue while y equals the draft. Greedy decoding is
     this rule with one-hot p"""
-    tokens = sample(target_probs, noise.emit)             # (B, K+1)
+    tokens = sample(target_probs, noise.numbers.view_as(target_probs))         # (B, K+1)
     accepted = num_accepted(tokens[:, :-1] == drafts)
     return accepted, select_row(tokens, accepted)
 

@@ -100,7 +100,7 @@ MUTATIONS = [
 
     # ---- decode.py: the plain round
     ("after a rejection the plain round emits from p, not from (p - q)+", "decode.py",
-     "sample(residual_probs(p, q), noise.emit[0, 0])", "sample(p, noise.emit[0, 0])",
+     "sample(residual_probs(p, q), noise.emit[0])", "sample(p, noise.emit[0])",
      ["test_decode.py::test_a_plain_round_emits_the_target_distribution[5-2]"]),
     ("the plain round accepts with min(1, q / p)", "decode.py",
      "bernoulli(p[x] / q[x], noise.accept[0, k])", "bernoulli(q[x] / p[x], noise.accept[0, k])",
@@ -111,7 +111,7 @@ MUTATIONS = [
      "num_accepted(bernoulli(p / q, noise.accept))", "num_accepted(bernoulli(q / p, noise.accept))",
      ["test_decode.py::test_each_rule_emits_the_target_distribution_and_accepts_as_often_as_it_should[residual-random]"]),
     ("after a rejection emit from p, not from (p - q)+", "decode.py",
-     "sample(residual_probs(p, q), noise.emit[:, 0])", "sample(p, noise.emit[:, 0])",
+     "sample(residual_probs(p, q), noise.emit)", "sample(p, noise.emit)",
      ["test_decode.py::test_each_rule_emits_the_target_distribution_and_accepts_as_often_as_it_should[residual-random]"]),
     ("no guard for 0/0 where p == q", "decode.py",
      "return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)", "return rest",
@@ -124,7 +124,7 @@ MUTATIONS = [
      "self.noise.numbers.exponential_(generator=torch.Generator().manual_seed(0))",
      ["test_decode.py::test_plain_rounds_and_the_decoder_give_the_same_text[0.8]"]),
     ("the random numbers that accept a draft also sample the next token", "decode.py",
-     "accepts, emits.view(B, emit, V))", "emits[:, :K], emits.view(B, emit, V))",
+     "(-1, V)), accept, emit)", "(-1, V)), emit[:, :K], emit)",
      ["test_decode.py::test_the_random_numbers_of_a_round_are_one_call_and_each_serves_one_purpose[residual]"]),
     ("the bonus token after full acceptance comes from row K-1, not from row K", "decode.py",
      "token = select_row(choices, accepted)", "token = select_row(choices, accepted.clamp_max(self.heads - 1))",

@@ -12,7 +12,6 @@ import torch
 import decode
 from decode import (
     Decoder,
-    Noise,
     acceptance,
     accepted_lengths,
     generate,
@@ -318,10 +317,6 @@ def test_watch_sees_the_prefill_and_every_round_and_changes_nothing(monkeypatch)
 # ---- randomness, by enumeration: every branch of the tree of outcomes is a row of one batch
 
 
-# nothing reads it: Branches stands in
-NO_NOISE = Noise(None, torch.zeros(1, 9, 1), None, torch.zeros(1, 9, 1))
-
-
 class Branches:
     """stands in for decode.bernoulli and decode.sample: row r takes branch r of all outcomes,
     weight[r] is its probability"""
@@ -404,7 +399,8 @@ def test_each_rule_emits_the_target_distribution_and_accepts_as_often_as_it_shou
             d.append(tree.sample(q[i], None) if rule == "residual" else q[i].argmax(-1))
         p = torch.stack([P[i][tuple(d[:i])].expand(rows, V) for i in range(K + 1)], 1)
         d = torch.stack(d, 1)
-        a, y = decode.RULES[rule](p, torch.stack(q, 1), d, NO_NOISE)
+        noise = decode.make_noise(rule, rows, K, torch.zeros(V, 1))       # Branches reads none of it
+        a, y = decode.RULES[rule](p, torch.stack(q, 1), d, noise)
         blocks = []
         for drafts, n, token in zip(d.tolist(), a.tolist(), y.tolist()):
             blocks.append([*drafts[:n], token])
@@ -443,8 +439,9 @@ def test_a_certain_token_is_emitted_whatever_the_random_numbers_are(rule):
     p = torch.nn.functional.one_hot(torch.tensor([[3, 3]]), 5).double()
     drafts = torch.tensor([[3]])
     for value in (0.0, 1e-8, 1.0):
-        accept = torch.full((1, 1), value)
-        noise = Noise(None, torch.ones(1, 1, 5), accept, torch.full((1, 2, 5), max(value, 0.5)))
+        noise = decode.make_noise(rule, 1, 1, torch.zeros(5, 1))
+        noise.numbers.fill_(max(value, 0.5))
+        noise.accept.fill_(value)
         _, token = decode.RULES[rule](p.float(), p[:, :1].float(), drafts, noise)
         assert token.tolist() == [3]
 
@@ -537,18 +534,18 @@ def test_the_benchs_acceptance_is_that_of_restricted_heads(temperature):
 def accepts_by_q(p, q, d, noise):
     a = decode.num_accepted(decode.bernoulli(decode.of_drafts(q, d), noise.accept))
     rest = torch.cat(((p[:, :-1] - q).clamp_min(0), p[:, -1:]), 1)
-    return a, decode.sample(decode.select_row(rest, a), noise.emit[:, 0])
+    return a, decode.sample(decode.select_row(rest, a), noise.emit)
 
 
 def emits_from_p(p, q, d, noise):
     ratio = decode.of_drafts(p[:, :-1], d) / decode.of_drafts(q, d)
     a = decode.num_accepted(decode.bernoulli(ratio, noise.accept))
-    return a, decode.sample(decode.select_row(p, a), noise.emit[:, 0])
+    return a, decode.sample(decode.select_row(p, a), noise.emit)
 
 
 def emits_from_p_after_a_fixed_draft(p, q, d, noise):
     a = decode.num_accepted(decode.bernoulli(decode.of_drafts(p[:, :-1], d), noise.accept))
-    return a, decode.sample(decode.select_row(p, a), noise.emit[:, 0])
+    return a, decode.sample(decode.select_row(p, a), noise.emit)
 
 
 @pytest.mark.parametrize("rule, wrong", [("residual", accepts_by_q), ("residual", emits_from_p),
@@ -651,9 +648,9 @@ def test_the_random_numbers_of_a_round_are_one_call_and_each_serves_one_purpose(
     gen = torch.Generator().manual_seed(0)
     noise = decode.make_noise(rule, 3, 2, torch.zeros(5, 1))
     noise.numbers.exponential_(generator=gen)
-    want = {"residual": (2, 2, 1), "point": (0, 2, 1), "match": (0, 0, 3)}[rule]
-    assert (noise.draft.size(1), noise.accept.size(1), noise.emit.size(1)) == want
-    assert noise.draft.size(2) == noise.emit.size(2) == 5
+    want = {"residual": (2, 2), "point": (0, 2), "match": (2, 0)}[rule]
+    assert (noise.draft.size(1), noise.accept.size(1)) == want
+    assert noise.draft.size(2) == noise.emit.size(1) == 5
     numbers = torch.cat([x.flatten() for x in noise[1:]])
     assert len(numbers.unique()) == len(numbers) == noise.numbers.numel()
     gen = torch.Generator().manual_seed(0)
