@@ -4,6 +4,7 @@ bench.py: is the decoded text the same, how fast is decoding, and what does a tr
     python results/bench.py check CKPT       greedy text with heads against ordinary decoding
     python results/bench.py decode CKPT ..   ordinary decoding and 1 .. 4 heads on the same prompts
     python results/bench.py train            a training step for several K, with and without KL
+    python results/bench.py train --memory_gb 8    what fits on a card of 8 GB, see cards.py
     python results/bench.py decode -h        every flag, its default and its meaning
 
 Prompts are pieces of the validation text, or those of --prompts. Training steps run on random
@@ -555,13 +556,20 @@ class LossFlags:
         "512,4096", "N of the TopN, with commas: counts, or fractions of the vocabulary below 1"
     )
     fast: str = flag("auto", "fused loss (fast/loss.py): auto | on | off, with commas")
+    dtype: str = flag(
+        "auto", "auto | bfloat16 | float32 (TF32 where the GPU has it), with commas"
+    )
+    memory_gb: str = flag(
+        "", "instead: which micro_batch fits on cards of so many GB, with commas, emulated on this "
+        "GPU; 0: on this one as it is (preset: small)",
+    )
     repeats: int = flag(20, "training steps of each kind that are timed", min=1)
     vocab_size: int = flag(50304, "vocabulary of the random tokens", min=2)
 
 
 STEP_FLAGS = (                                            # of train.py, that a single step reads
     "preset", "n_layer", "n_head", "n_embd", "block_size", "dropout", "batch_size", "micro_batch",
-    "detach_teacher", "device", "dtype", "compile",
+    "detach_teacher", "device", "compile",
 )
 
 
@@ -613,23 +621,23 @@ def cases(own):
     return result
 
 
-def step_function(model, optimizer, cfg, tokens, dtype, grad_function):
-    """-> a function that takes a training step on random tokens, as many as `tokens`"""
+def step_function(model, optimizer, cfg, tokens, dtype, grad_function, parts=1):
+    """-> a function that takes a training step on random micro-batches, each as large as tokens"""
 
     def step():
-        batch = torch.randint_like(tokens, model.config.vocab_size)
+        batches = [torch.randint_like(tokens, model.config.vocab_size) for _ in range(parts)]
         train.train_step(
-            model, model, optimizer, cfg, cfg.steps, [batch], dtype, grad_function
+            model, model, optimizer, cfg, cfg.steps, batches, dtype, grad_function
         )
 
     return step
 
 
-def time_steps(models, device, dtype, steps=20):
+def time_steps(models, device, dtype, steps=20, parts=1):
     """
     [(model, TrainConfig), ..] -> rows (dicts): the median time of a training step on random tokens,
-    taken in turns; the peak memory, without that of the models before; which loss ran. One model
-    may stand there with several configs
+    in so many parts (micro-batches), taken in turns; the peak memory, without that of the models
+    before; which loss ran. One model may stand there with several configs
     """
     cuda = device.type == "cuda"
     many = 4 if cuda else 1                               # steps per reading of the clock
@@ -649,14 +657,14 @@ def time_steps(models, device, dtype, steps=20):
             before[model] = torch.cuda.memory_allocated() if cuda else 0
             optimizers[model] = train.make_optimizer(model.to(device), cfg)
             grad_function, why = train.compile_model(model, cfg, tokens, dtype)
-        step = step_function(model, optimizers[model], cfg, tokens, dtype, grad_function)
+        step = step_function(model, optimizers[model], cfg, tokens, dtype, grad_function, parts)
         repeated(step, 5)()                               # warm up
         peak = None
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             step()
             peak = (torch.cuda.max_memory_allocated() - before[model]) / 2**30
-        rows.append(dict(tokens_per_s=B * cfg.block_size, peak_gib=peak, loss=why))
+        rows.append(dict(tokens_per_s=parts * B * cfg.block_size, peak_gib=peak, loss=why))
         functions.append(repeated(step, many))
     times = milliseconds(functions, device, -(-steps // many))
     result = []
@@ -699,19 +707,48 @@ def print_step(row):
 
 
 def main_train(given, _):
-    lists = {field.name for field in dataclasses.fields(LossFlags)}
     own = StepConfig(**given)
     check_flags(own)
+    if own.memory_gb:
+        return main_cards(given, own)
+    lists = {field.name for field in dataclasses.fields(LossFlags)}
     base = {name: value for name, value in given.items() if name not in lists}
     cfg = train.make_config({"preset": "gpt2", **base})
     wanted = cases(own)
-    for case in wanted:
-        train.check(case.config(cfg))
+    configs = [dataclasses.replace(cfg, dtype=name) for name in own.dtype.split(",")]
+    for config in configs:
+        for case in wanted:
+            train.check(case.config(config))
     device = pick_device(cfg.device)
-    dtype, why = pick_dtype(cfg.dtype, device)
     torch.set_float32_matmul_precision("high")            # as train.py
-    print(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}")
-    return bench_training(cfg, device, dtype, own.repeats, wanted, own.vocab_size)
+    rows = []
+    for config in configs:
+        dtype, why = pick_dtype(config.dtype, device)
+        print(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}")
+        found = bench_training(config, device, dtype, own.repeats, wanted, own.vocab_size)
+        rows += [dict(row, dtype=str(dtype)[6:]) for row in found]
+    return rows
+
+
+def main_cards(given, own):
+    """bench.py train --memory_gb"""
+    from results import cards
+
+    for name in ("heads", "kl", "top_n", "vocab_size", "micro_batch"):
+        if name in given:
+            raise UserError(f"--{name} has no effect with --memory_gb, which takes the preset's "
+                            "loss and vocabulary and looks for the micro-batch; leave it out")
+    base = {name: value for name, value in given.items() if name in STEP_FLAGS}
+    base["fast"] = own.fast
+    configs = [train.make_config({**base, "dtype": name}) for name in own.dtype.split(",")]
+    sizes = split("memory_gb", own.memory_gb, float)
+    if not all(0 <= size < math.inf for size in sizes):
+        raise UserError(f"--memory_gb is {own.memory_gb!r}; it must be sizes in GB, with commas")
+    device = pick_device(configs[0].device)
+    if device.type != "cuda":
+        raise UserError(f"--memory_gb limits the memory of a CUDA GPU; the device is {device}")
+    torch.set_float32_matmul_precision("high")            # as train.py
+    return cards.measure(configs, device, sizes, own.repeats)
 
 
 def read_config(cls, given):

@@ -1,24 +1,29 @@
 """
-reproduce.py: the paper in miniature. Trains and measures most of what README.md quotes, and draws its figures.
+reproduce.py: the paper in miniature. Trains and measures most of what README.md quotes, and draws
+its figures.
 
-    python results/reproduce.py --scale tiny                  2 CPU cores, one seed
-    python results/reproduce.py --scale gpu --prose TEXT      one CUDA GPU, three seeds, all parts
-    python results/reproduce.py --scale gpu --part effect     one part or several, see below
-    python results/reproduce.py --scale gpu --part tables     only tables.md and the figures, from the rows so far
+    python results/reproduce.py --scale tiny                2 CPU cores, one seed
+    python results/reproduce.py --scale gpu --prose TEXT    one CUDA GPU, three seeds, all parts
+    python results/reproduce.py --scale gpu --part effect   one part or several, see below
+    python results/reproduce.py --scale gpu --part tables   tables.md and the figures again
+    python results/reproduce.py --check [--quick]           does tiny learn what check.py recorded?
 
 Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
         entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
+        plain     a GPT without heads, beside K = 4: as many steps, and as long by the clock (tiny
+                  scale; needs the computer to itself)
         ablation  the paper's ablation at K = 1: start, detach, N, beta, divergence
         extend    the K = 4 models looped to 8 and to 16 heads
         deep      MTP-D at K = 4 with three times the layers, for decoding
         speed     decoding with 0 .. 16 heads, of the deep models, and in batches
         cost      time and memory of training steps (needs the computer to itself)
+        cards     which micro_batch fits on cards of 6 to 16 GB, and the time there (gpu scale)
         nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
 
-Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run that has a row is
-not run again, so an interrupted call continues where it stopped. Checkpoints go to --work (out/reproduce); entropy,
-extend and speed read them, and make those again that are gone. --prose takes a text file (its vocabulary is trained
-here) or a prepared folder.
+Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run
+that has a row is not run again, so an interrupted call continues where it stopped. Checkpoints go
+to --work (out/reproduce); entropy, extend and speed read them, and make those again that are gone.
+--prose takes a text file (its vocabulary is trained here) or a prepared folder.
 """
 
 import argparse
@@ -37,25 +42,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
+import check  # noqa: E402
 import tables  # noqa: E402
 import torch  # noqa: E402
 
-from common import git_commit  # noqa: E402
+from common import UserError, git_commit, run  # noqa: E402
 
 MODEL = {
     "tiny": "--preset tiny --eval_windows 200",
-    "gpu": "--preset small --n_layer 8 --n_head 6 --n_embd 384 --block_size 256 --batch_size 32 --micro_batch 32 "
-           "--steps 1000 --warmup 100 --lr 1.5e-3 --eval_windows 400 --compile blocks --log_every 100",
+    "gpu": "--preset small --n_layer 8 --n_head 6 --n_embd 384 --block_size 256 --batch_size 32 "
+           "--micro_batch 32 --steps 1000 --warmup 100 --lr 1.5e-3 --eval_windows 400 "
+           "--compile blocks --log_every 100",
 }
 SEEDS = {"tiny": (1,), "gpu": (1, 2, 3)}
 PAPER = "--kl_start 0 --kl_ramp 0"             # the KL from the first step, as in the paper
 ABLATION = {                                   # K = 1; what differs from the default recipe
-    "default": "", "MTP": "--beta 0", "paper: KL from step 0": PAPER, "start 0.5": "--kl_start 0.5",
-    "no detach": "--no-detach_teacher", "no detach, step 0": "--no-detach_teacher " + PAPER,
-    "N = V": "--top_n 1000000", "N = 0.8 %": "--top_n 0.008", "N = 16": "--top_n 16", "N = 1": "--top_n 1",
-    "beta 0.3": "--beta 0.3", "beta 1.5": "--beta 1.5", "reverse KL": "--kl reverse", "total variation": "--kl tv",
+    "default": "",
+    "MTP": "--beta 0",
+    "paper: KL from step 0": PAPER,
+    "start 0.5": "--kl_start 0.5",
+    "no detach": "--no-detach_teacher",
+    "no detach, step 0": "--no-detach_teacher " + PAPER,
+    "N = V": "--top_n 1000000",
+    "N = 0.8 %": "--top_n 0.008",
+    "N = 16": "--top_n 16",
+    "N = 1": "--top_n 1",
+    "beta 0.3": "--beta 0.3",
+    "beta 1.5": "--beta 1.5",
+    "reverse KL": "--kl reverse",
+    "total variation": "--kl tv",
 }
-TWINS = {"default": "MTP-D", "MTP": "MTP"}     # rows of the ablation that the part effect has made already
+TWINS = {"default": "MTP-D", "MTP": "MTP"}     # what the part effect has trained already
 EXTEND_STEPS = {"tiny": "", "gpu": "--steps 200 --compile off"}
 
 
@@ -74,11 +91,11 @@ class Runner:
         self.makers = {}                       # folder -> the job that writes it
         self.gpus = torch.cuda.device_count()
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            with open(self.path, "a", encoding="utf-8") as file:     # after a half line, the next row begins its own
-                file.write("\n")
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n")               # after a half line, the next row begins its own
 
     def add(self, **row):
-        device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        device = f"{check.processor()}, {os.cpu_count()} cores"
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         row = dict(row, device=device, torch=torch.__version__, python=platform.python_version(),
@@ -102,9 +119,13 @@ class Runner:
             print(f"{name} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             return
         result = json.loads(done.stdout.strip().splitlines()[-1])
+        if command[0] == "train.py":
+            out = command[command.index("--out") + 1]
+            labels.update(read_log(ROOT / out / "log.jsonl"))
         seconds = time.time() - begin
         shown = "python " + " ".join(c.replace(str(ROOT) + os.sep, "") for c in command)
-        self.add(name=name, part=part, command=shown, seconds=round(seconds, 1), result=shorten(result), **labels)
+        self.add(name=name, part=part, command=shown, seconds=round(seconds, 1),
+                 result=shorten(result), **labels)
         brief = result.get("after", result) if isinstance(result, dict) else {}
         text = f"{name}: {seconds:.0f} s"
         if "car" in brief:
@@ -113,13 +134,13 @@ class Runner:
 
     def call(self, command, gpu=0):
         """a process of its own"""
-        env = dict(os.environ)
+        env = {**os.environ, "PYTHONUTF8": "1"}
         visible = env.get("CUDA_VISIBLE_DEVICES")
         mine = visible.split(",") if visible else range(self.gpus)
         if self.gpus > 1:
             env["CUDA_VISIBLE_DEVICES"] = str(mine[gpu])
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, encoding="utf-8",
-                              cwd=ROOT, env=env)
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                              encoding="utf-8", cwd=ROOT, env=env)
 
     def side_by_side(self, function, jobs, each):
         """function(job, gpu) for all jobs, `each` at a time on each GPU"""
@@ -141,18 +162,36 @@ class Runner:
         """jobs (name, part, command, labels); each=1 for those that are timed"""
         jobs = [job for job in jobs if not self.has(job[0])]
         self.restore(jobs)
-        self.side_by_side(lambda job, gpu: self.run(*job[:3], gpu=gpu, **job[3]), jobs, each or self.parallel)
+
+        def run_job(job, gpu):
+            self.run(*job[:3], gpu=gpu, **job[3])
+
+        self.side_by_side(run_job, jobs, each or self.parallel)
 
     def restore(self, jobs):
-        """make the checkpoints again that these jobs read, that have a row and whose files are gone: runs.jsonl is in
-        the repository, checkpoints are not. No new row"""
-        needed = {Path(c).parent for job in jobs for c in job[2] if c.endswith("ckpt.pt") and not (ROOT / c).exists()}
+        """make the checkpoints again that these jobs read, that have a row and whose files are
+        gone: runs.jsonl is in the repository, checkpoints are not. No new row"""
+        needed = set()
+        for _, _, command, _ in jobs:
+            for word in command:
+                if word.endswith("ckpt.pt") and not (ROOT / word).exists():
+                    needed.add(Path(word).parent)
         makers = [self.makers[folder] for folder in sorted(needed) if folder in self.makers]
         gone = [job for job in makers if self.has(job[0])]
         if gone:
             self.restore(gone)
-            print(f"making {len(gone)} checkpoints again: {', '.join(job[0] for job in gone)}", flush=True)
+            names = ", ".join(job[0] for job in gone)
+            print(f"making {len(gone)} checkpoints again: {names}", flush=True)
             self.side_by_side(lambda job, gpu: self.call(job[2], gpu), gone, self.parallel)
+
+
+def read_log(path):
+    """the log of a run of train.py -> how many steps it had, and how long one took"""
+    if not path.exists():
+        return {}
+    header, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ms = [row["ms"] for row in rows if "ms" in row]
+    return dict(steps=header["config"]["steps"], ms_per_step=round(statistics.mean(ms), 3))
 
 
 def shorten(value):
@@ -164,10 +203,13 @@ def shorten(value):
     return [shorten(v) for v in value] if isinstance(value, list) else value
 
 
+FOLDER = str.maketrans({" ": "_", "/": "_", "%": "p", ":": "", "=": "", ",": ""})
+
+
 def train_job(args, scale, work, name, part, data, seed, more, **labels):
-    out = Path(work) / name.translate(str.maketrans({" ": "_", "/": "_", "%": "p", ":": "", "=": "", ",": ""}))
-    command = ["train.py", *MODEL[scale].split(), "--eval_every", "100000", "--data", data, "--seed", str(seed),
-               "--out", str(out), *more.split(), "--json"]
+    out = Path(work) / name.translate(FOLDER)
+    command = ["train.py", *MODEL[scale].split(), "--eval_every", "100000", "--data", data,
+               "--seed", str(seed), "--out", str(out), *more.split(), "--json"]
     return name, part, command, dict(seed=seed, data=Path(data).name, **labels)
 
 
@@ -176,11 +218,11 @@ def effect_jobs(args, runner, sources):
     for text, (data, extra) in sources.items():
         for K, beta in ((4, 0.5), (1, 1.0)):
             for method in ("MTP", "MTP-D"):
-                for seed in SEEDS[args.scale]:
+                for seed in args.seeds:
                     more = f"{extra} --n_mtp {K} --beta {beta if method == 'MTP-D' else 0}"
                     name = f"{text} K{K} {method} seed{seed}"
-                    jobs.append(train_job(args, args.scale, runner.work, name, "effect", data, seed, more,
-                                          text=text, K=K, method=method))
+                    jobs.append(train_job(args, args.scale, runner.work, name, "effect", data,
+                                          seed, more, text=text, K=K, method=method))
     return jobs
 
 
@@ -188,11 +230,46 @@ def effect(args, runner, sources):
     runner.all(effect_jobs(args, runner, sources))
 
 
+def plain(args, runner, sources):
+    """a GPT without heads, with the steps of the K = 4 models and in the time of MTP-D's"""
+    if args.scale != "tiny":
+        return print("plain: only at the scale tiny; on a GPU, training runs share it")
+    for text, (data, extra) in sources.items():
+        for seed in args.seeds:
+            name = f"{text} K0 same steps seed{seed}"
+            plain_run(args, runner, name, text, data, seed, extra, "no heads, same steps")
+            heads = find_row(runner, f"{text} K4 MTP-D seed{seed}")
+            own = find_row(runner, name)
+            if not heads or not own or "ms_per_step" not in heads:
+                print(f"{text}, seed {seed}: without the time of a step of K = 4 (run the part "
+                      "effect anew) there is no run of the same time")
+                continue
+            steps = round(heads["steps"] * heads["ms_per_step"] / own["ms_per_step"])
+            name = f"{text} K0 same time seed{seed}"
+            more = f"{extra} --steps {steps}"
+            plain_run(args, runner, name, text, data, seed, more, "no heads, same time")
+
+
+def find_row(runner, name):
+    return next((row for row in runner.rows if row["name"] == name), None)
+
+
+def plain_run(args, runner, name, text, data, seed, more, method):
+    """train without heads; then the loss on the targets that four heads are evaluated on"""
+    job = train_job(args, args.scale, runner.work, name, "plain", data, seed,
+                    f"{more} --n_mtp 0", text=text)
+    checkpoint = str(Path(job[2][job[2].index("--out") + 1]) / "ckpt.pt")
+    command = ["results/plain.py", checkpoint, "--heads", "4", "--json"]
+    runner.makers[Path(checkpoint).parent] = job
+    runner.all([job], each=1)
+    runner.all([(f"{name}, loss", "plain", command, dict(seed=seed, text=text, method=method))])
+
+
 def entropy(args, runner, sources):
     jobs = []
     for text in sources:
         for method in ("MTP", "MTP-D"):
-            for seed in SEEDS[args.scale]:
+            for seed in args.seeds:
                 checkpoint = runner.work / f"{text}_K4_{method}_seed{seed}" / "ckpt.pt"
                 jobs.append((f"entropy {text} K4 {method} seed{seed}", "entropy",
                              ["results/entropy.py", str(checkpoint), "--json"],
@@ -207,13 +284,13 @@ def ablation(args, runner, sources):
     text, (data, extra) = list(sources.items())[-1]
     jobs = []
     for variant, more in ABLATION.items():
-        for seed in SEEDS[args.scale][:2]:
+        for seed in args.seeds[:2]:
             if args.scale == "tiny" and variant not in TINY_ABLATION:
                 continue
             beta = "" if "--beta" in more else "--beta 1"
             name = f"ablation {'' if text == 'prose' else text + ' '}{variant} seed{seed}"
             same = f"{text} K1 {TWINS.get(variant)} seed{seed}"
-            twin = next((row for row in runner.rows if row["name"] == same), None)
+            twin = find_row(runner, same)
             if twin and not runner.has(name):  # the same command has run in the part effect
                 runner.add(**{**twin, "name": name, "part": "ablation", "variant": variant})
             jobs.append(train_job(args, args.scale, runner.work, name, "ablation", data, seed,
@@ -225,7 +302,7 @@ def extend_jobs(args, runner, sources, n, source):
     jobs = []
     for text in sources:
         for method in ("MTP", "MTP-D"):
-            for seed in SEEDS[args.scale]:
+            for seed in args.seeds:
                 base = str(runner.work / f"{text}_K4_{method}_seed{seed}")
                 command = ["extend.py", f"{base}{source}/ckpt.pt", "--heads", str(n), "--json",
                            "--out", f"{base}-{n}", *EXTEND_STEPS[args.scale].split()]
@@ -234,7 +311,7 @@ def extend_jobs(args, runner, sources, n, source):
     return jobs
 
 
-LOOPS = ((8, ""), (16, "-8"))                  # heads, and the end of the name of the folder that is extended
+LOOPS = ((8, ""), (16, "-8"))                  # heads; how the folder of what is extended ends
 
 
 def extend(args, runner, sources):
@@ -248,8 +325,12 @@ def deep_jobs(args, runner, sources):
     data, extra = sources["python"]
     more = f"{extra} --n_mtp 4 --n_layer 24"
     labels = dict(text="python", K=4, method="MTP-D")
-    return [train_job(args, args.scale, runner.work, f"python deep K4 MTP-D seed{seed}", "deep", data, seed, more,
-                      **labels) for seed in SEEDS[args.scale]]
+    jobs = []
+    for seed in args.seeds:
+        name = f"python deep K4 MTP-D seed{seed}"
+        jobs.append(train_job(args, args.scale, runner.work, name, "deep", data, seed, more,
+                              **labels))
+    return jobs
 
 
 def deep(args, runner, sources):
@@ -273,12 +354,13 @@ def speed(args, runner, sources):
     jobs = [job("speed python", "decode", *many, "--count", "8"),
             job("check python", "check", ours, "--count", "16")]
     if gpu:
-        for seed in SEEDS["gpu"]:
+        for seed in args.seeds:
             deep_ckpt = ckpt(f"deep K4 MTP-D seed{seed}")
-            jobs.append(job(f"speed python deep seed{seed}", "decode", deep_ckpt, "--count", "16", seed=seed))
+            jobs.append(job(f"speed python deep seed{seed}", "decode", deep_ckpt, "--count", "16",
+                            seed=seed))
         for batch in (8, 32):
-            jobs.append(job(f"speed python batch {batch}", "decode", ours, "--heads", "4", "--batch", str(batch),
-                            "--count", str(2 * batch), batch=batch))
+            jobs.append(job(f"speed python batch {batch}", "decode", ours, "--heads", "4",
+                            "--batch", str(batch), "--count", str(2 * batch), batch=batch))
         jobs.append(job("check python deep", "check", ckpt("deep K4 MTP-D seed1"), "--count", "16"))
     runner.all(jobs, each=1)                   # they are timed
 
@@ -289,13 +371,26 @@ def cost(args, runner, sources):
         runner.run(f"cost {part}", "cost", ["results/cost.py", part, "--json"])
 
 
+def cards(args, runner, sources):
+    if args.scale != "gpu":
+        return
+    for preset, dtype in (("small", "bfloat16,float32"), ("shakespeare", "bfloat16,float32"),
+                          ("gpt2", "bfloat16")):
+        command = ["results/bench.py", "train", "--memory_gb", "6,8,12,16", "--preset", preset,
+                   "--dtype", dtype, "--json"]
+        runner.run(f"cards {preset}", "cards", command)
+
+
 def nanogpt(args, runner, sources):
     if not args.shakespeare:
-        return print("nanogpt: give --shakespeare FOLDER (python data/prepare.py shakespeare makes it)")
+        return print("nanogpt: give --shakespeare FOLDER (python data/prepare.py shakespeare makes "
+                     "it)")
     jobs = []
     for K in (0, 4):
-        command = ["train.py", "--preset", "shakespeare", "--data", args.shakespeare, "--n_mtp", str(K),
-                   "--compile", "blocks", "--log_every", "100", "--out", str(runner.work / f"shakespeare{K}"), "--json"]
+        out = runner.work / f"shakespeare{K}"
+        command = ["train.py", "--preset", "shakespeare", "--data", args.shakespeare,
+                   "--n_mtp", str(K), "--compile", "blocks", "--log_every", "100",
+                   "--out", str(out), "--json"]
         jobs.append((f"shakespeare K{K}", "nanogpt", command, dict(K=K, seed=1)))
     runner.all(jobs)
     for K in (0, 4):
@@ -303,13 +398,17 @@ def nanogpt(args, runner, sources):
         if log.exists() and not runner.has(f"shakespeare K{K} curve"):
             rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
             vals = [row for row in rows if "val" in row]
-            curve = dict(step=[v["step"] for v in vals], val=[round(v["val"]["loss"][0], 4) for v in vals],
-                         ms_per_step=round(statistics.median(row["ms"] for row in rows if "ms" in row), 2))
+            ms = statistics.median(row["ms"] for row in rows if "ms" in row)
+            curve = dict(step=[v["step"] for v in vals],
+                         val=[round(v["val"]["loss"][0], 4) for v in vals],
+                         ms_per_step=round(ms, 2))
             runner.add(name=f"shakespeare K{K} curve", part="nanogpt", result=curve)
 
 
-PARTS = {"effect": effect, "entropy": entropy, "ablation": ablation, "extend": extend, "deep": deep,
-         "nanogpt": nanogpt, "speed": speed, "cost": cost}
+PARTS = {
+    "effect": effect, "entropy": entropy, "plain": plain, "ablation": ablation, "extend": extend,
+    "deep": deep, "nanogpt": nanogpt, "speed": speed, "cost": cost, "cards": cards,
+}
 
 
 def source(data, flags, tokenizer):
@@ -328,28 +427,59 @@ def all_sources(args):
     return sources
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,                    # --seed is not --seeds, nor --steps of train.py
+    )
     for name, default, help in (
         ("part", "all", "one of the parts above, several with commas, all, or tables"),
         ("prose", "", "a text of prose, or its prepared folder (gpu scale; optional)"),
-        ("python", "python", "the source-code data: a source of data/prepare.py or a prepared folder"),
+        ("python", "python", "the source code: a source of data/prepare.py or a prepared folder"),
         ("shakespeare", "", "the prepared Shakespeare folder, for the part nanogpt"),
         ("work", "out/reproduce", "folder for checkpoints"),
     ):
         parser.add_argument(f"--{name}", default=default, help=help)
     parser.add_argument("--scale", choices=list(MODEL), default="tiny",
                         help="tiny: CPU, one seed; gpu: one CUDA GPU, three seeds")
-    parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; 0: 6, or 1 on a CPU "
-                        "(not for speed and cost)")
-    args = parser.parse_args()
+    parser.add_argument("--seeds", default="", help="with commas; empty: 1 (tiny), 1,2,3 (gpu)")
+    parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; "
+                        "0: 6, or 1 on a CPU (not for speed and cost)")
+    group = parser.add_argument_group("the check", "other flags go to train.py, such as --beta 0")
+    group.add_argument("--check", action="store_true",
+                       help="train tiny and compare with the record; exit code 1 outside it")
+    group.add_argument("--quick", action="store_true", help="a shorter run, with its own record")
+    group.add_argument("--seed", type=int, default=0,
+                       help="seed of the check; 0: the first after those of the record")
+    group.add_argument("--record", metavar="SEEDS", default="",
+                       help="write the record, with these seeds (with commas), instead of checking")
+    args, args.more = parser.parse_known_args()
+    if not args.check and (args.more or args.quick or args.seed or args.record):
+        parser.error("--quick, --seed, --record and flags of train.py go with --check; got "
+                     + " ".join(sys.argv[1:]))
     unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
     if unknown:
-        sys.exit(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, tables")
+        raise UserError(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, "
+                        "tables")
     if args.parallel < 0:
-        sys.exit(f"--parallel is {args.parallel}; it must be 0 or more")
+        raise UserError(f"--parallel is {args.parallel}; it must be 0 or more")
+    if args.seeds:
+        args.seeds = check.parse_seeds("seeds", args.seeds, at_least=1)
+    args.seeds = args.seeds or SEEDS[args.scale]
+    return args
+
+
+def main():
+    args = parse()
+    if args.check and args.record:
+        seeds = check.parse_seeds("record", args.record, at_least=5)
+        return check.make_record(args.more, args.quick, seeds, args.work)
+    if args.check:
+        outside = check.compare_new_run(args.more, args.quick, args.seed, args.work)
+        sys.exit(1 if outside else 0)
     sources = all_sources(args)
-    runner = Runner(args.scale, args.work, args.parallel or (6 if args.scale == "gpu" else 1))
+    parallel = args.parallel or (6 if args.scale == "gpu" else 1)
+    runner = Runner(args.scale, args.work, parallel)
     makers = effect_jobs(args, runner, sources) + deep_jobs(args, runner, sources)
     for n, base in LOOPS:
         makers += extend_jobs(args, runner, sources, n, base)
@@ -360,8 +490,8 @@ def main():
             part(args, runner, sources)
     tables.write(runner.folder, runner.rows)
     if runner.failed:
-        sys.exit(f"{runner.failed} runs failed; call it again to run only those")
+        raise UserError(f"{runner.failed} runs failed; call it again to run only those")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

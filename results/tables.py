@@ -1,5 +1,6 @@
 """
-tables.py: tables.md and the figures of a scale, from its runs.jsonl. Called by reproduce.py, or alone:
+tables.py: tables.md and the figures of a scale, from its runs.jsonl. Called by reproduce.py, or
+alone:
 
     python results/tables.py gpu
 """
@@ -34,7 +35,9 @@ def markdown(title, head, lines):
     if not lines:
         return ""
     out = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(out + ["| " + " | ".join(str(x) for x in line) + " |" for line in lines]) + "\n\n"
+    for line in lines:
+        out.append("| " + " | ".join(map(str, line)) + " |")
+    return "\n".join(out) + "\n\n"
 
 
 def column(runs, measure, scale=1, digits=3):
@@ -63,15 +66,45 @@ def effect_table(rows):
         runs = groups[text, K, method]
         difference = ""
         if method != "MTP":
-            difference = spread(paired(groups, (text, K, method), (text, K, "MTP"), main_loss), digits=4)
+            values = paired(groups, (text, K, method), (text, K, "MTP"), main_loss)
+            difference = spread(values, digits=4)
         lines.append([
             text, K, method, len(runs), column(runs, lambda r: r["loss"][0], digits=4), difference,
-            column(runs, lambda r: r["ar"][0], 100, 2), column(runs, lambda r: r["car"][-1], 100, 2),
+            column(runs, lambda r: r["ar"][0], 100, 2),
+            column(runs, lambda r: r["car"][-1], 100, 2),
             column(runs, lambda r: r["tokens_per_forward"]),
         ])
-    return markdown("MTP against MTP-D (mean over seeds ± half their range)",
-                    ["text", "K", "method", "seeds", "main head's val loss", "difference to MTP, same seed",
-                     "AR_1 %", "CAR_K %", "tokens per forward, from CAR"], lines)
+    head = ["text", "K", "method", "seeds", "main head's val loss", "difference to MTP, same seed",
+            "AR_1 %", "CAR_K %", "tokens per forward, from CAR"]
+    return markdown("MTP against MTP-D (mean over seeds ± half their range)", head, lines)
+
+
+def plain_table(rows):
+    """what heads cost the main head: K = 4 beside GPTs without heads, all on the same targets"""
+    effect = group(rows, "effect", "text", "K", "method")
+    heads = {(text, method): runs for (text, K, method), runs in effect.items() if K == 4}
+    bare = group(rows, "plain", "text", "method")
+    facts = {row["name"]: row for row in rows if row.get("part") == "plain"}
+    lines = []
+    for text in sorted({text for text, _ in bare}):
+        groups = {**bare, **heads}
+        steps, time = [(text, f"no heads, same {kind}") for kind in ("steps", "time")]
+        for key in (steps, time, (text, "MTP"), (text, "MTP-D")):
+            runs = groups.get(key, [])
+            if not runs:
+                continue
+            logs = [facts.get(row["name"].removesuffix(", loss"), row) for row in runs]
+            lines.append([
+                *key, len(runs), spread([log["steps"] for log in logs if "steps" in log], digits=0),
+                spread([log["ms_per_step"] for log in logs if "steps" in log], digits=1),
+                spread(list(map(main_loss, runs)), digits=4),
+                spread(paired(groups, key, steps, main_loss), digits=4),
+                spread(paired(groups, key, time, main_loss), digits=4),
+            ])
+    head = ["text", "model", "seeds", "steps", "ms per step", "main head's val loss",
+            "to no heads, same steps, same seed", "to no heads, same time, same seed"]
+    return markdown("What heads cost the main head: K = 4, and no heads (targets 4 .. T-1)", head,
+                    lines)
 
 
 def ablation_table(rows):
@@ -83,10 +116,14 @@ def ablation_table(rows):
         for variant, runs in groups.items():
             loss = paired(groups, variant, "MTP", main_loss)
             ar = paired(groups, variant, "MTP", first_ar)
-            lines.append([variant, len(runs), column(runs, lambda r: r["loss"][0], digits=4), spread(loss, digits=4),
-                          column(runs, lambda r: r["ar"][0], 100, 2), spread(ar, 100, 2)])
+            lines.append([
+                variant, len(runs), column(runs, lambda r: r["loss"][0], digits=4),
+                spread(loss, digits=4), column(runs, lambda r: r["ar"][0], 100, 2),
+                spread(ar, 100, 2),
+            ])
+        head = ["variant", "seeds", "main head's val loss", "to MTP", "AR_1 %", "to MTP, points"]
         out += markdown(f"Ablation at K = 1, {text} (differences to MTP with the same seed)",
-                        ["variant", "seeds", "main head's val loss", "to MTP", "AR_1 %", "to MTP, points"], lines)
+                        head, lines)
     return out
 
 
@@ -107,16 +144,19 @@ def extend_table(rows):
         half = n // 2
         for stage, name in (("before", "copied"), ("after", "trained")):
             car = [r["result"][stage]["car"] for r in runs]
-            lines.append([text, f"{half} -> {n}", method, name, len(runs), spread([c[half] for c in car], 100, 2),
-                          spread([c[-1] for c in car], 100, 2), spread([1 + sum(c) for c in car])])
-    return markdown("Looped extension", ["text", "heads", "method", "new heads", "seeds",
-                                         "CAR of the first new head %", "CAR of the last %",
-                                         "tokens per forward, from CAR"], lines)
+            lines.append([
+                text, f"{half} -> {n}", method, name, len(runs),
+                spread([c[half] for c in car], 100, 2), spread([c[-1] for c in car], 100, 2),
+                spread([1 + sum(c) for c in car]),
+            ])
+    head = ["text", "heads", "method", "new heads", "seeds", "CAR of the first new head %",
+            "CAR of the last %", "tokens per forward, from CAR"]
+    return markdown("Looped extension", head, lines)
 
 
 def round_costs(rows):
-    """the costs of a greedy round in ordinary steps, as measured in "speed python" -> {heads: list, an entry per
-    checkpoint}"""
+    """the costs of a greedy round in ordinary steps, as measured in "speed python"
+    -> {heads: list, an entry per checkpoint}"""
     plain = {}
     costs = {}
     for row in rows:
@@ -128,27 +168,36 @@ def round_costs(rows):
 
 
 def loop_speed_table(rows):
-    """what 1 + sum CAR and the measured cost of a greedy round make of every model: weights hardly change the cost"""
+    """what 1 + sum CAR and the measured cost of a greedy round make of every model: weights hardly
+    change the cost"""
     costs = round_costs(rows)
     cost = {heads: statistics.median(ratios) for heads, ratios in costs.items()}
-    runs = {}                                                   # -> expected tokens per forward
+    runs = {}                                              # -> expected tokens per forward
     for row in rows:
+        result = row["result"]
         if row.get("part") == "effect":
-            runs[row["text"], row["K"], row["method"], row["seed"]] = 1 + sum(row["result"]["car"])
+            runs[row["text"], row["K"], row["method"], row["seed"]] = 1 + sum(result["car"])
         if row.get("part") == "extend":
-            runs[row["text"], row["n"], row["method"], row["seed"]] = 1 + sum(row["result"]["after"]["car"])
+            car = result["after"]["car"]
+            runs[row["text"], row["n"], row["method"], row["seed"]] = 1 + sum(car)
     lines = []
     for text, n, method in sorted({key[:3] for key in runs}):
-        seeds = [key[3] for key in runs if key[:3] == (text, n, method) and (text, 1, "MTP", key[3]) in runs]
-        if n in cost and 1 in cost and seeds:
-            speed = [runs[text, n, method, seed] / cost[n] for seed in seeds]
-            first = [runs[text, 1, "MTP", seed] / cost[1] for seed in seeds]
-            lines.append([text, n, method, len(seeds), f"{cost[n]:.2f} ({min(costs[n]):.2f} to {max(costs[n]):.2f})",
-                          spread(speed, digits=2), spread([a / b for a, b in zip(speed, first)], digits=2)])
-    return markdown("Speed expected of every model: 1 + sum CAR, over the cost of a greedy round as measured in "
-                    "\"speed python\"",
-                    ["text", "heads", "method", "seeds", "a round, in plain steps: median (range over checkpoints)",
-                     "vs plain (± CAR over seeds)", "vs 1-head MTP, same seed"], lines)
+        same = [key[3] for key in runs if key[:3] == (text, n, method)]
+        seeds = [seed for seed in same if (text, 1, "MTP", seed) in runs]
+        if n not in cost or 1 not in cost or not seeds:
+            continue
+        speed = [runs[text, n, method, seed] / cost[n] for seed in seeds]
+        first = [runs[text, 1, "MTP", seed] / cost[1] for seed in seeds]
+        lines.append([
+            text, n, method, len(seeds),
+            f"{cost[n]:.2f} ({min(costs[n]):.2f} to {max(costs[n]):.2f})", spread(speed, digits=2),
+            spread([a / b for a, b in zip(speed, first)], digits=2),
+        ])
+    head = ["text", "heads", "method", "seeds",
+            "a round, in plain steps: median (range over checkpoints)",
+            "vs plain (± CAR over seeds)", "vs 1-head MTP, same seed"]
+    return markdown("Speed expected of every model: 1 + sum CAR, over the cost of a greedy round "
+                    "as measured in \"speed python\"", head, lines)
 
 
 def speed_line(r):
@@ -159,36 +208,63 @@ def speed_line(r):
 
 
 def speed_table(rows):
+    head = ["checkpoint", "temperature", "batch", "heads", "tokens per forward", "tokens/s",
+            "vs plain", "predicted", "vs 1 head", "ms per round", "repetitive, excluded"]
     out = ""
     for row in rows:
         result = row["result"]
         if row.get("part") == "speed" and isinstance(result, list):
-            out += markdown(f"Decoding: {row['name']}, {row['device']}",
-                            ["checkpoint", "temperature", "batch", "heads", "tokens per forward", "tokens/s",
-                             "vs plain", "predicted", "vs 1 head", "ms per round", "repetitive, excluded"],
+            out += markdown(f"Decoding: {row['name']}, {row['device']}", head,
                             [speed_line(r) for r in result])
         if row["name"].startswith("check"):
             tied = [d["gap"] <= 4 * d["rounding"] for d in result["differences"]]
-            rest = "; the others differ where two tokens are nearly tied" if tied and all(tied) else ""
-            out += (f"`{row['command']}`: {result['same']} of {result['prompts']} greedy continuations "
-                    f"identical{rest}.\n\n")
+            rest = ""
+            if tied and all(tied):
+                rest = "; the others differ where two tokens are nearly tied"
+            out += (f"`{row['command']}`: {result['same']} of {result['prompts']} greedy "
+                    f"continuations identical{rest}.\n\n")
     return out
 
 
 def entropy_runs(rows):
     """{(text, K): {method: {seed: [head 1, head K]}}} and the bins' edges"""
     runs, edges = {}, []
-    for (text, K, method), group_rows in sorted(group(rows, "entropy", "text", "K", "method").items()):
+    groups = group(rows, "entropy", "text", "K", "method")
+    for (text, K, method), group_rows in sorted(groups.items()):
+        methods = runs.setdefault((text, K), {})
         for row in group_rows:
             (result,) = row["result"]
-            runs.setdefault((text, K), {}).setdefault(method, {})[row["seed"]] = result["heads"]
+            methods.setdefault(method, {})[row["seed"]] = result["heads"]
             edges = result["edges"]
     return runs, edges
 
 
 def in_bin(runs, head, key, b):
     """{seed: value of bin b}; seeds without a position in the bin are left out"""
-    return {seed: heads[head][key][b] for seed, heads in runs.items() if heads[head][key][b] is not None}
+    values = {seed: heads[head][key][b] for seed, heads in runs.items()}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def entropy_lines(pair, edges, columns):
+    """pair: {seed: heads} of MTP and of MTP-D -> the lines of their table, a line per bin"""
+    plain, distilled = pair
+    lines = []
+    for b, edge in enumerate(edges):
+        counts = [heads[0]["count"] for own in pair for heads in own.values()]
+        shares = [count[b] / sum(count) for count in counts]
+        if not sum(shares):
+            continue
+        before = in_bin(plain, 0, "accepted", b)
+        after = in_bin(distilled, 0, "accepted", b)
+        difference = [after[seed] - before[seed] for seed in after if seed in before]
+        line = [f"{edge:g} to {edges[b + 1]:g}" if b + 1 < len(edges) else f"from {edge:g}"]
+        for values in (shares, before.values(), after.values(), difference):
+            line.append(spread(list(values), 100, 1))
+        for head, key in columns:
+            for own in pair:
+                line.append(spread(list(in_bin(own, head, key, b).values()), 100, 1))
+        lines.append(line)
+    return lines
 
 
 def entropy_table(rows):
@@ -196,27 +272,19 @@ def entropy_table(rows):
     runs, edges = entropy_runs(rows)
     for (text, K), methods in runs.items():
         pair = [methods.get("MTP", {}), methods.get("MTP-D", {})]
-        columns = [(0, "overlap"), (-1, "accepted"), (-1, "overlap")] if K > 1 else [(0, "overlap")]
-        lines = []
-        for b, edge in enumerate(edges):
-            shares = [heads[0]["count"][b] / sum(heads[0]["count"]) for own in pair for heads in own.values()]
-            plain, distilled = [in_bin(own, 0, "accepted", b) for own in pair]
-            difference = [distilled[seed] - plain[seed] for seed in distilled if seed in plain]
-            line = [f"{edge:g} to {edges[b + 1]:g}" if b + 1 < len(edges) else f"from {edge:g}"]
-            for values in (shares, list(plain.values()), list(distilled.values()), difference):
-                line.append(spread(values, 100, 1))
-            for head, key in columns:
-                line += [spread(list(in_bin(own, head, key, b).values()), 100, 1) for own in pair]
-            if sum(shares):
-                lines.append(line)
-        names = []
-        for what in ("1 - TV of head 1 %", f"AR_{K} %", f"1 - TV of head {K} %"):
-            names += [f"{what}, MTP", f"{what}, MTP-D"]
+        columns = [(0, "overlap")]
+        names = ["1 - TV of head 1 %"]
+        if K > 1:
+            columns += [(-1, "accepted"), (-1, "overlap")]
+            names += [f"AR_{K} %", f"1 - TV of head {K} %"]
+        head = ["entropy, nats", "of the positions %", "AR_1 %, MTP", "AR_1 %, MTP-D",
+                "to MTP, same seed, points"]
+        for name in names:
+            head += [f"{name}, MTP", f"{name}, MTP-D"]
         seeds = max(map(len, pair))
         out += markdown(f"Acceptance by the main head's entropy: {text}, K = {K} "
-                        f"(mean over {seeds} seeds ± half their range)",
-                        ["entropy, nats", "of the positions %", "AR_1 %, MTP", "AR_1 %, MTP-D",
-                         "to MTP, same seed, points", *names[: 2 * len(columns)]], lines)
+                        f"(mean over {seeds} seeds ± half their range)", head,
+                        entropy_lines(pair, edges, columns))
     return out
 
 
@@ -230,6 +298,35 @@ def cost_table(rows):
                     cells = [[shorter(line[k]) for k in head] for line in lines]
                     out += markdown(f"Cost: {title} ({row['device']})", head, cells)
     return out
+
+
+def cards_table(rows):
+    fits = {}
+    times = []
+    for row in rows:
+        if row.get("part") == "cards":
+            for r in row["result"]["fits"]:
+                cell = "does not fit"
+                if r["micro_batch"]:
+                    cell = f"{r['micro_batch']} ({r['peak_gib']:.2f} GiB)"
+                fits.setdefault((r["preset"], r["dtype"]), {})[r["memory_gb"]] = cell
+            times += row["result"]["times"]
+    sizes = sorted({size for own in fits.values() for size in own})
+    lines = [[*key, *(own.get(size, "") for size in sizes)] for key, own in fits.items()]
+    out = markdown("Cards, emulated: micro_batch that fits, and peak memory",
+                   ["preset", "dtype", *(f"{size:g} GB" for size in sizes)], lines)
+    names = sorted({card for r in times for card in r["estimates"]})
+    lines = []
+    for r in times:
+        line = [r["preset"], r["dtype"], r["device"], r["micro_batch"], f"{r['s_per_step']:.4f}",
+                f"{r['minutes']:.1f}", "" if r["share"] is None else f"{r['share']:.0%}"]
+        for name in names:
+            minutes, low, high = r["estimates"].get(name, [None] * 3)
+            line.append("" if minutes is None else f"{minutes:.0f} ({low:.0f} to {high:.0f})")
+        lines.append(line)
+    head = ["preset", "dtype", "measured on", "micro_batch", "s per step", "minutes of training",
+            "share of its peaks", *(f"{name}, estimated minutes (bounds)" for name in names)]
+    return out + markdown("The time of training, and an estimate for other cards", head, lines)
 
 
 def shorter(x):
@@ -254,8 +351,8 @@ def canvas(plt, panels=1, lines=1):
 
 
 def car_figure(plt, rows):
-    groups = {key: runs for key, runs in group(rows, "effect", "text", "K", "method").items() if key[1] == 4}
-    texts = sorted({key[0] for key in groups})
+    groups = group(rows, "effect", "text", "K", "method")
+    texts = sorted({text for text, K, _ in groups if K == 4})
     if not texts:
         return None
     fig, axes = canvas(plt, len(texts))
@@ -263,10 +360,10 @@ def car_figure(plt, rows):
         for method in COLOUR:
             for i, run in enumerate(groups.get((text, 4, method), [])):
                 car = [100 * x for x in run["result"]["car"]]
-                ax.plot(range(1, len(car) + 1), car, "o-", color=COLOUR[method], alpha=0.7, lw=1.2, ms=4,
-                        label=method if i == 0 else None)
-        ax.set(title=f"{text}, K = 4: one line per seed", xlabel="head k", ylabel="CAR_k: drafts 1..k accepted, %",
-               xticks=range(1, 5), ylim=(0, None))
+                ax.plot(range(1, len(car) + 1), car, "o-", color=COLOUR[method], alpha=0.7, lw=1.2,
+                        ms=4, label=method if i == 0 else None)
+        ax.set(title=f"{text}, K = 4: one line per seed", xlabel="head k",
+               ylabel="CAR_k: drafts 1..k accepted, %", xticks=range(1, 5), ylim=(0, None))
         ax.legend(frameon=False)
     return fig
 
@@ -285,14 +382,16 @@ def tradeoff_figure(plt, rows):
             points[variant] = [100 * statistics.mean(ar or [0]), statistics.mean(loss or [0])]
     fig, (ax,) = canvas(plt)
     points = sorted((*xy, variant) for variant, xy in points.items())
-    for i, (y, x, variant) in enumerate(points):                # names in a column on the right, in the points' order
+    # the names stand in a column on the right, in the points' order
+    arrow = dict(arrowstyle="-", color="#bbbbbb", lw=0.5, shrinkA=1, shrinkB=3, relpos=(0, 0.5))
+    for i, (y, x, variant) in enumerate(points):
         colour = COLOUR["MTP" if variant == "MTP" else "MTP-D"]
         ax.plot(x, y, "o", ms=5, color=colour)
-        arrow = dict(arrowstyle="-", color="#bbbbbb", lw=0.5, shrinkA=1, shrinkB=3, relpos=(0, 0.5))
-        ax.annotate(variant, (x, y), xytext=(1.03, (i + 0.5) / len(points)), textcoords="axes fraction", fontsize=7,
-                    va="center", color=colour, arrowprops=arrow, annotation_clip=False)
-    ax.set(title=f"{text}, K = 1: differences to MTP", xlabel="main head's validation loss, nats (left: better)",
-           ylabel="AR_1, points (up: better)")
+        ax.annotate(variant, (x, y), xytext=(1.03, (i + 0.5) / len(points)), fontsize=7,
+                    textcoords="axes fraction", va="center", color=colour, arrowprops=arrow,
+                    annotation_clip=False)
+    ax.set(title=f"{text}, K = 1: differences to MTP", ylabel="AR_1, points (up: better)",
+           xlabel="main head's validation loss, nats (left: better)")
     ax.margins(x=0.1, y=0.08)
     return fig
 
@@ -300,9 +399,12 @@ def tradeoff_figure(plt, rows):
 def speed_figure(plt, rows):
     groups = {}
     for row in rows:
-        for r in row["result"] if row.get("part") == "speed" and isinstance(row["result"], list) else ():
+        if row.get("part") != "speed" or not isinstance(row["result"], list):
+            continue
+        name = re.sub(r" seed\d+$", "", row["name"])
+        for r in row["result"]:
             if r["batch"] == 1 and r["temperature"] == 1:
-                groups.setdefault(re.sub(r" seed\d+$", "", row["name"]), {}).setdefault(r["checkpoint"], []).append(r)
+                groups.setdefault(name, {}).setdefault(r["checkpoint"], []).append(r)
     if not groups:
         return None
     fig, axes = canvas(plt, 2, len(groups))
@@ -318,9 +420,10 @@ def speed_figure(plt, rows):
         right.plot([], [], "ko-", lw=1.2, ms=4, label="measured")
         right.plot([], [], "k:", lw=1.2, label="predicted from CAR and times")
         right.axhline(1, color="#cccccc", lw=1, zorder=0)
-        left.set(title=f"{name}: temperature 1, batch 1", xlabel="heads that draft", ylabel="tokens per forward")
-        right.set(title="wall-clock speed-up", xlabel="heads that draft", ylabel="speed-up over ordinary decoding")
+        left.set(title=f"{name}: temperature 1, batch 1", ylabel="tokens per forward")
+        right.set(title="wall-clock speed-up", ylabel="speed-up over ordinary decoding")
         for ax in (left, right):
+            ax.set(xlabel="heads that draft")
             ax.set_xticks(sorted({r["heads"] for mine in checkpoints.values() for r in mine}))
             ax.legend(fontsize=7, frameon=False)
     return fig
@@ -331,43 +434,63 @@ def entropy_figure(plt, rows):
     if not runs:
         return None
     fig, axes = canvas(plt, len(runs))
-    ends = [*edges[1:], edges[-1] + 1]                          # the last bin is open; ln V is seldom much more
+    ends = [*edges[1:], edges[-1] + 1]          # the last bin is open; ln V is seldom much more
     for ax, ((text, K), methods) in zip(axes, runs.items()):
         counts = [heads[0]["count"] for seeds in methods.values() for heads in seeds.values()]
-        shares = [statistics.mean(100 * c[b] / sum(c) for c in counts) for b in range(len(edges))]
-        ax.bar(edges, shares, [hi - lo for lo, hi in zip(edges, ends)], align="edge", color="#ececec",
-               edgecolor="white", label="share of the positions", zorder=0)
+        shares = []
+        for b in range(len(edges)):
+            shares.append(statistics.mean(100 * count[b] / sum(count) for count in counts))
+        widths = [high - low for low, high in zip(edges, ends)]
+        ax.bar(edges, shares, widths, align="edge", color="#ececec", edgecolor="white",
+               label="share of the positions", zorder=0)
         for method in COLOUR:
-            for key, line, what in (("accepted", "o-", "argmax"), ("overlap", ":", "sampled")):
-                bins = [b for b in range(len(edges)) if in_bin(methods.get(method, {}), 0, key, b)]
-                x = []
-                y = []
-                for b in bins:
-                    x.append(statistics.mean(in_bin(methods[method], 0, "entropy", b).values()))
-                    y.append([100 * v for v in in_bin(methods[method], 0, key, b).values()])
-                if bins:
-                    ax.plot(x, [statistics.mean(v) for v in y], line, color=COLOUR[method], lw=1.2, ms=3.5,
-                            label=f"{method}, {what}")
-                    ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=COLOUR[method], alpha=0.2, lw=0)
+            entropy_curves(ax, method, methods.get(method, {}), len(edges))
         right = max(end for end, share in zip(ends, shares) if share)
-        ax.set(title=f"{text}, K = {K}: head 1, mean and range of the seeds", ylabel="drafts accepted, %",
-               xlabel="entropy of the main head's distribution, nats", ylim=(0, 103), xlim=(0, right))
+        ax.set(title=f"{text}, K = {K}: head 1, mean and range of the seeds", ylim=(0, 103),
+               xlim=(0, right), ylabel="drafts accepted, %",
+               xlabel="entropy of the main head's distribution, nats")
         ax.legend(fontsize=7, frameon=False, loc="center left")
     return fig
 
 
-def cost_figure(plt, rows):
+def entropy_curves(ax, method, runs, bins):
+    """two lines of one method, {seed: heads}, with the range of the seeds"""
+    for key, line, what in (("accepted", "o-", "argmax"), ("overlap", ":", "sampled")):
+        x = []
+        y = []
+        for b in range(bins):
+            values = [100 * v for v in in_bin(runs, 0, key, b).values()]
+            if values:
+                x.append(statistics.mean(in_bin(runs, 0, "entropy", b).values()))
+                y.append(values)
+        if x:
+            ax.plot(x, [statistics.mean(v) for v in y], line, color=COLOUR[method], lw=1.2, ms=3.5,
+                    label=f"{method}, {what}")
+            ax.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=COLOUR[method],
+                            alpha=0.2, lw=0)
+
+
+def cost_groups(rows):
+    """{(title, device): lines} of the training steps that were timed with and without heads; a
+    later row stands for an earlier one"""
     groups = {}
     for row in rows:
         for title, lines in row["result"].items() if row.get("part") == "cost" else ():
             lines = [line for line in lines if "n_mtp" in line]
-            if any(line["n_mtp"] == 0 for line in lines) and any(line["n_mtp"] for line in lines):
-                groups[title, row["device"]] = lines            # a later row stands for an earlier one
+            heads = [line["n_mtp"] for line in lines]
+            if 0 in heads and any(heads):
+                groups[title, row["device"]] = lines
+    return groups
+
+
+def cost_figure(plt, rows):
+    groups = cost_groups(rows)
     if not groups:
         return None
     fig, axes = canvas(plt, len(groups))
+    kinds = (("ms", "o", "full", "time"), ("peak_gib", "s", "none", "peak memory"))
     for ax, ((title, device), lines) in zip(axes, groups.items()):
-        for key, marker, fill, what in (("ms", "o", "full", "time"), ("peak_gib", "s", "none", "peak memory")):
+        for key, marker, fill, what in kinds:
             base = [line[key] for line in lines if line["n_mtp"] == 0]
             if None in base:
                 continue
@@ -375,8 +498,8 @@ def cost_figure(plt, rows):
                 own = [line for line in lines if (line["beta"] > 0) == (method == "MTP-D")]
                 points = sorted((line["n_mtp"], line[key] / statistics.mean(base)) for line in own)
                 if points:
-                    ax.plot(*zip(*points), marker, ls="-" if method == "MTP" else "", fillstyle=fill, ms=5, lw=0.8,
-                            color=COLOUR[method], label=f"{method}, {what}")
+                    ax.plot(*zip(*points), marker, ls="-" if method == "MTP" else "", ms=5, lw=0.8,
+                            fillstyle=fill, color=COLOUR[method], label=f"{method}, {what}")
         ax.set(xlabel="MTP heads K", ylabel="a training step, over that of K = 0",
                xticks=sorted({line["n_mtp"] for line in lines}), ylim=(0, None))
         ax.set_title(f"{title} ({device})", fontsize=9)
@@ -384,17 +507,22 @@ def cost_figure(plt, rows):
     return fig
 
 
-FIGURES = {"car": car_figure, "tradeoff": tradeoff_figure, "entropy": entropy_figure, "speed": speed_figure,
-           "cost": cost_figure}
-TABLES = (effect_table, entropy_table, ablation_table, extend_table, loop_speed_table, nanogpt_table, speed_table,
-          cost_table)
+FIGURES = {
+    "car": car_figure, "tradeoff": tradeoff_figure, "entropy": entropy_figure,
+    "speed": speed_figure, "cost": cost_figure,
+}
+TABLES = (
+    effect_table, plain_table, entropy_table, ablation_table, extend_table, loop_speed_table,
+    nanogpt_table, speed_table, cost_table, cards_table,
+)
 
 
 def figures(folder, rows):
     try:
         import matplotlib
     except ImportError:
-        return print("no figures: matplotlib is not installed (pip install matplotlib, or the extra `plots`)")
+        return print("no figures: matplotlib is not installed (pip install matplotlib, or the "
+                     "extra `plots`)")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -409,11 +537,14 @@ def figures(folder, rows):
 
 def read(path):
     """
-    the rows of a runs.jsonl; none where there is no file. A line that is not a whole row (the computer stopped while
-    it was written) is left out, and a line on the screen says so: reproduce.py then makes that row again
+    the rows of a runs.jsonl; none where there is no file. A line that is not a whole row (the
+    computer stopped while it was written) is left out, and a line on the screen says so:
+    reproduce.py then makes that row again
     """
+    path = Path(path)
     rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines() if Path(path).exists() else (), 1):
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -430,9 +561,10 @@ def write(folder, rows):
     text = "".join(table(rows) for table in TABLES)
     if not text:
         return print(f"no rows in {folder} yet")
-    where = sorted({f"{r['device']}, torch {r['torch']}, Python {r['python']}" for r in rows})
-    head = (f"# {folder.name}: made by `python results/reproduce.py --scale {folder.name}` from runs.jsonl\n\n"
-            f"Hardware: {'; '.join(where)}. Every row of runs.jsonl has its command and seed.\n\n")
+    hardware = sorted({f"{r['device']}, torch {r['torch']}, Python {r['python']}" for r in rows})
+    head = (f"# {folder.name}: made by `python results/reproduce.py --scale {folder.name}` from "
+            f"runs.jsonl\n\nHardware: {'; '.join(hardware)}. Every row of runs.jsonl has its "
+            "command and seed.\n\n")
     (folder / "tables.md").write_text(head + text, encoding="utf-8")
     figures(folder, rows)
     print(f"wrote {folder}/tables.md")

@@ -1,4 +1,7 @@
-"""results/: acceptance by entropy against slow loops, the tables' arithmetic, and logs that were cut off in a line."""
+"""results/: acceptance by entropy against slow loops, the tables' arithmetic, logs that were cut
+off in a line, the check, what heads cost, and what fits on which card."""
+import ast
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,15 +12,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import distill
 import train
+from common import UserError, save_checkpoint
 from model import GPT, GPTConfig
+from results import bench, cards
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "results"))
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+sys.path.insert(0, str(RESULTS))
+import check  # noqa: E402
 import entropy  # noqa: E402
+import plain  # noqa: E402
 import reproduce  # noqa: E402
 import tables  # noqa: E402
 
+CPU = torch.device("cpu")
 HARDWARE = dict(device="toy", torch="2", python="3")
 
 
@@ -27,50 +40,81 @@ def row(name, part, result, **labels):
 
 def effect_row(method, seed, loss, car):
     result = dict(loss=[loss, 9.0], ar=[car], car=[car], tokens_per_forward=1 + car)
-    return row(f"effect {method} {seed}", "effect", result, text="toy", K=1, method=method, seed=seed)
+    labels = dict(text="toy", K=1, method=method, seed=seed)
+    return row(f"effect {method} {seed}", "effect", result, **labels)
 
 
 def entropy_row(method, seed, accepted, K=1):
     """two of three bins have positions: 30 and 10"""
-    head = dict(head=1, count=[30, 0, 10], entropy=[0.5, None, 4.0], accepted=[accepted[0], None, accepted[1]], overlap=[0.9, None, 0.4])
+    low, high = accepted
+    head = dict(head=1, count=[30, 0, 10], entropy=[0.5, None, 4.0], accepted=[low, None, high],
+                overlap=[0.9, None, 0.4])
     result = [dict(checkpoint="toy", edges=[0, 1, 2], heads=[head] * min(K, 2))]
-    return row(f"entropy {method} {seed}", "entropy", result, text="toy", K=K, method=method, seed=seed)
+    labels = dict(text="toy", K=K, method=method, seed=seed)
+    return row(f"entropy {method} {seed}", "entropy", result, **labels)
 
 
 def cost_row(*points, title="heads, toy"):
-    lines = [dict(n_mtp=K, beta=beta, top_n=1, ms=ms, tokens_per_s=1.0, peak_gib=gib) for K, beta, ms, gib in points]
+    lines = []
+    for K, beta, ms, gib in points:
+        lines.append(dict(n_mtp=K, beta=beta, top_n=1, ms=ms, tokens_per_s=1.0, peak_gib=gib))
     return row("cost", "cost", {title: lines, "decoding": [dict(batch=1, heads=0, ms=1.0)]})
 
 
-def written(folder, rows, monkeypatch, capsys):
-    """-> (the text of tables.md, what was printed); no figures"""
+@pytest.fixture
+def written(tmp_path, monkeypatch, capsys):
+    """rows -> (the text of tables.md, what was printed); no figures"""
     monkeypatch.setattr(tables, "figures", lambda folder, rows: None)
-    tables.write(folder, rows)
-    path = folder / "tables.md"
-    return path.read_text(encoding="utf-8") if path.exists() else "", capsys.readouterr().out
+
+    def write(rows):
+        tables.write(tmp_path, rows)
+        path = tmp_path / "tables.md"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return text, capsys.readouterr().out
+    return write
 
 
 def cells(text, *first):
     """the cells of the one line of a table that begins with these"""
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    (line,) = [line for line in lines if line[: len(first)] == list(first)]
-    return line[len(first) :]
+    found = []
+    for line in text.splitlines():
+        own = [cell.strip() for cell in line.split("|")[1:-1]]
+        if line.startswith("| ") and own[: len(first)] == list(first):
+            found.append(own[len(first) :])
+    (line,) = found
+    return line
 
 
-def test_the_expected_speed_of_looped_models(tmp_path, monkeypatch, capsys):
-    """1 + sum CAR over the cost of a round in plain steps; the 1-head MTP model of the same seed is 1"""
-    rest = dict(checkpoint="a/b", batch=1, tokens_per_forward=1.0, tokens_per_s=1.0, speedup=1.0, predicted_speedup=1.0, over_one=None,
-                looping=0, prompts=1)
-    speed = [dict(rest, temperature=t, heads=heads, ms_round=ms) for t, heads, ms in ((0, 0, 2.0), (0, 1, 2.5), (0, 2, 4.0), (1, 2, 99.0))]
-    loops = [row(f"loop {seed}", "extend", dict(before=dict(car=[0.9, 0.9]), after=dict(car=[0.5, car])),
-                 text="toy", n=2, method="MTP-D", seed=seed) for seed, car in ((1, 0.1), (2, 0.3), (3, 0.9))]   # seed 3: no 1-head MTP
-    rows = [effect_row("MTP", 1, 4.0, 0.5), effect_row("MTP", 2, 4.0, 0.25), row("speed python", "speed", speed), *loops]
-    text, _ = written(tmp_path, rows, monkeypatch, capsys)
+def test_lines_and_functions_have_an_end():
+    for path in [*RESULTS.glob("*.py"), Path(__file__)]:
+        text = path.read_text(encoding="utf-8")
+        assert max(map(len, text.splitlines())) <= 100, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
+
+
+def test_the_expected_speed_of_looped_models(written):
+    """1 + sum CAR over the cost of a round in plain steps, and over the 1-head MTP model of the
+    same seed"""
+    rest = dict(checkpoint="a/b", batch=1, tokens_per_forward=1.0, tokens_per_s=1.0, speedup=1.0,
+                predicted_speedup=1.0, over_one=None, looping=0, prompts=1)
+    speed = []
+    for temperature, heads, ms in ((0, 0, 2.0), (0, 1, 2.5), (0, 2, 4.0), (1, 2, 99.0)):
+        speed.append(dict(rest, temperature=temperature, heads=heads, ms_round=ms))
+    rows = [effect_row("MTP", 1, 4.0, 0.5), effect_row("MTP", 2, 4.0, 0.25),
+            row("speed python", "speed", speed)]
+    for seed, car in ((1, 0.1), (2, 0.3), (3, 0.9)):       # seed 3 has no 1-head MTP
+        result = dict(before=dict(car=[0.9, 0.9]), after=dict(car=[0.5, car]))
+        rows.append(row(f"loop {seed}", "extend", result, text="toy", n=2, method="MTP-D",
+                        seed=seed))
+    text, _ = written(rows)
     text = text[text.index("## Speed expected") : text.index("## Decoding")]
-    # 1.5 and 1.25 tokens a forward over 1.25; 1.6 and 1.8 over 2, then over 1.2 and 1
-    assert cells(text, "toy", "1", "MTP") == ["2", "1.25 (1.25 to 1.25)", "1.10 ±0.10", "1.00 ±0.00"]
-    assert cells(text, "toy", "2", "MTP-D") == ["2", "2.00 (2.00 to 2.00)", "0.85 ±0.05", "0.78 ±0.12"]
-
+    # 1.5 and 1.25 tokens per forward over 1.25; 1.6 and 1.8 over 2, then over 1.2 and 1
+    assert cells(text, "toy", "1", "MTP") == [
+        "2", "1.25 (1.25 to 1.25)", "1.10 ±0.10", "1.00 ±0.00"]
+    assert cells(text, "toy", "2", "MTP-D") == [
+        "2", "2.00 (2.00 to 2.00)", "0.85 ±0.05", "0.78 ±0.12"]
 
 
 # -----------------------------------------------------------------------------
@@ -78,19 +122,23 @@ def test_the_expected_speed_of_looped_models(tmp_path, monkeypatch, capsys):
 
 
 def test_rows_are_sorted_into_bins_by_the_main_heads_entropy():
-    main = torch.tensor([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.4, 0.2, 0.2, 0.2], [0.4, 0.2, 0.2, 0.2]], dtype=torch.float64)
-    draft = torch.tensor([[0.75, 0.25, 0, 0], [0, 0.25, 0.75, 0], [0.3, 0.3, 0.4, 0], [0.4, 0.2, 0.2, 0.2]], dtype=torch.float64)
-    got = entropy.by_bin(entropy.tally(main.log(), draft.log()))                # entropies 0, 0.693 and twice 1.332
+    broad = [0.4, 0.2, 0.2, 0.2]                           # 1.332 nats
+    main = torch.tensor([[1, 0, 0, 0], [0.5, 0.5, 0, 0], broad, broad], dtype=torch.float64)
+    draft = torch.tensor([[0.75, 0.25, 0, 0], [0, 0.25, 0.75, 0], [0.3, 0.3, 0.4, 0], broad],
+                         dtype=torch.float64)
+    got = entropy.by_bin(entropy.tally(main.log(), draft.log()))
+    close = pytest.approx
+    nats = -0.4 * math.log(0.4) - 0.6 * math.log(0.2)
     assert got["count"] == [1, 0, 1, 2] + [0] * 7
     assert got["accepted"][:4] == [1, None, 0, 0.5]
-    assert got["overlap"][:4] == [pytest.approx(0.75), None, pytest.approx(0.25), pytest.approx(0.85)]
-    assert got["entropy"][:4] == [0, None, pytest.approx(math.log(2)), pytest.approx(-0.4 * math.log(0.4) - 0.6 * math.log(0.2))]
+    assert got["overlap"][:4] == [close(0.75), None, close(0.25), close(0.85)]
+    assert got["entropy"][:4] == [0, None, close(math.log(2)), close(nats)]
     assert all(got[key][4:] == [None] * 7 for key in ("accepted", "overlap", "entropy"))
 
 
 @pytest.fixture
 def toy(float64):
-    """a model of 5 words and two heads whose choices differ, and its validation text"""
+    """a model of 5 tokens and two heads whose choices differ, and its validation text"""
     model = GPT(GPTConfig(5, 8, 1, 1, 8, 2))
     for p in model.parameters():
         p.data *= 8 if p.dim() > 1 else 1
@@ -98,36 +146,44 @@ def toy(float64):
     return model, np.random.default_rng(0).integers(0, 5, 100).astype(np.uint16), cfg
 
 
-def test_the_curves_are_those_of_slow_loops(toy):
-    model, val, cfg = toy
-    pairs = {1: [], 2: []}                                                      # entropy, accepted, overlap
+def slow_pairs(model, val):
+    """{head: (entropy, accepted, overlap) of each pair that it is measured on}"""
+    pairs = {1: [], 2: []}
     for w in range(9):
-        main, *heads = [x[0].softmax(-1) for x in model.all_logits(torch.from_numpy(val[8 * w : 8 * w + 8].astype(np.int64))[None])]
+        tokens = torch.from_numpy(val[8 * w : 8 * w + 8].astype(np.int64))
+        main, *heads = [x[0].softmax(-1) for x in model.all_logits(tokens[None])]
         for i in range(8):
             good = True
             for k in (1, 2):
-                if i + k < 8:
-                    p, q = main[i + k], heads[k - 1][i]
-                    same = bool(p.argmax() == q.argmax())
-                    if good:
-                        pairs[k].append((-sum(x * math.log(x) for x in p.tolist()), same, sum(map(min, p.tolist(), q.tolist()))))
-                    good = good and same
-    got = entropy.curves(model, val, cfg, torch.device("cpu"), torch.float64)
+                if i + k < 8 and good:
+                    p = main[i + k].tolist()
+                    q = heads[k - 1][i].tolist()
+                    good = p.index(max(p)) == q.index(max(q))
+                    nats = -sum(x * math.log(x) for x in p)
+                    pairs[k].append((nats, good, sum(map(min, p, q))))
+    return pairs
+
+
+def test_the_curves_are_those_of_slow_loops(toy):
+    model, val, cfg = toy
+    pairs = slow_pairs(model, val)
+    got = entropy.curves(model, val, cfg, CPU, torch.float64)
     assert [head["head"] for head in got] == [1, 2] and sum(got[0]["count"]) == 9 * 7
     for head in got:
         for b, (low, high) in enumerate(zip(entropy.EDGES, [*entropy.EDGES[1:], math.inf])):
             mine = [x for x in pairs[head["head"]] if low <= x[0] < high]
             assert head["count"][b] == len(mine)
             for key, column in (("entropy", 0), ("accepted", 1), ("overlap", 2)):
-                assert head[key][b] == (pytest.approx(sum(x[column] for x in mine) / len(mine)) if mine else None)
-        assert sum(n > 0 for n in head["count"]) > 1                            # or else the bins were not tried
+                mean = pytest.approx(sum(x[column] for x in mine) / max(1, len(mine)))
+                assert head[key][b] == (mean if mine else None)
+        assert sum(n > 0 for n in head["count"]) > 1       # or else the bins were not tried
 
 
 def test_the_last_heads_bins_add_up_to_the_acceptance_of_evaluate(toy):
     model, val, cfg = toy
-    last = entropy.curves(model, val, cfg, torch.device("cpu"), torch.float64)[-1]
+    last = entropy.curves(model, val, cfg, CPU, torch.float64)[-1]
     accepted = sum(n * rate for n, rate in zip(last["count"], last["accepted"]) if n)
-    ar = train.evaluate(model, val, cfg, torch.device("cpu"), torch.float64)["ar"]
+    ar = train.evaluate(model, val, cfg, CPU, torch.float64)["ar"]
     assert 0 < ar[1] < 1 and accepted / sum(last["count"]) == pytest.approx(ar[1])
 
 
@@ -135,38 +191,47 @@ def test_the_last_heads_bins_add_up_to_the_acceptance_of_evaluate(toy):
 # tables.py
 
 
-def test_effect_has_means_half_ranges_and_differences_within_a_seed(tmp_path, monkeypatch, capsys):
-    rows = [effect_row("MTP", 1, 3.0, 0.4), effect_row("MTP", 2, 3.3, 0.6), effect_row("MTP-D", 2, 3.4, 0.7),
-            effect_row("MTP-D", 1, 3.05, 0.5), effect_row("MTP-D", 3, 5.0, 0.6)]             # seed 3 has no partner
-    text, _ = written(tmp_path, rows, monkeypatch, capsys)
-    assert cells(text, "toy", "1", "MTP") == ["2", "3.1500 ±0.1500", "", "50.00 ±10.00", "50.00 ±10.00", "1.500 ±0.100"]
-    assert cells(text, "toy", "1", "MTP-D") == ["3", "3.8167 ±0.9750", "0.0750 ±0.0250", "60.00 ±10.00", "60.00 ±10.00", "1.600 ±0.100"]
+def test_effect_has_means_half_ranges_and_differences_within_a_seed(written):
+    rows = [effect_row("MTP", 1, 3.0, 0.4), effect_row("MTP", 2, 3.3, 0.6),
+            effect_row("MTP-D", 2, 3.4, 0.7), effect_row("MTP-D", 1, 3.05, 0.5),
+            effect_row("MTP-D", 3, 5.0, 0.6)]              # seed 3 has no partner
+    text, _ = written(rows)
+    assert cells(text, "toy", "1", "MTP") == [
+        "2", "3.1500 ±0.1500", "", "50.00 ±10.00", "50.00 ±10.00", "1.500 ±0.100"]
+    assert cells(text, "toy", "1", "MTP-D") == [
+        "3", "3.8167 ±0.9750", "0.0750 ±0.0250", "60.00 ±10.00", "60.00 ±10.00", "1.600 ±0.100"]
 
 
-def test_the_entropy_table_has_shares_means_and_differences_within_a_seed(tmp_path, monkeypatch, capsys):
-    rows = [entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)),
-            entropy_row("MTP-D", 1, (0.9, 0.4)), entropy_row("MTP-D", 2, (0.9, 0.5))]
-    text, _ = written(tmp_path, rows, monkeypatch, capsys)
-    assert cells(text, "0 to 1") == ["75.0 ±0.0", "85.0 ±5.0", "90.0 ±0.0", "5.0 ±5.0", "90.0 ±0.0", "90.0 ±0.0"]
-    assert cells(text, "from 2") == ["25.0 ±0.0", "30.0 ±10.0", "45.0 ±5.0", "15.0 ±5.0", "40.0 ±0.0", "40.0 ±0.0"]
-    assert "1 to 2" not in text                                                  # a bin without positions has no line
+def test_the_entropy_table_has_shares_means_and_differences_within_a_seed(written):
+    text, _ = written([
+        entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)),
+        entropy_row("MTP-D", 1, (0.9, 0.4)), entropy_row("MTP-D", 2, (0.9, 0.5)),
+    ])
+    assert cells(text, "0 to 1") == [
+        "75.0 ±0.0", "85.0 ±5.0", "90.0 ±0.0", "5.0 ±5.0", "90.0 ±0.0", "90.0 ±0.0"]
+    assert cells(text, "from 2") == [
+        "25.0 ±0.0", "30.0 ±10.0", "45.0 ±5.0", "15.0 ±5.0", "40.0 ±0.0", "40.0 ±0.0"]
+    assert "1 to 2" not in text                            # a bin without positions has no line
 
 
-def test_a_part_without_rows_has_no_table(tmp_path, monkeypatch, capsys):
-    titles = {"MTP against MTP-D": effect_row("MTP", 1, 3.0, 0.5), "Acceptance by": entropy_row("MTP", 1, (0.8, 0.2), K=4),
+def test_a_part_without_rows_has_no_table(tmp_path, written):
+    titles = {"MTP against MTP-D": effect_row("MTP", 1, 3.0, 0.5),
+              "Acceptance by": entropy_row("MTP", 1, (0.8, 0.2), K=4),
               "Cost: heads, toy": cost_row((0, 0, 10.0, None))}
     for left_out in [*titles, None]:
-        text, _ = written(tmp_path, [r for title, r in titles.items() if title != left_out], monkeypatch, capsys)
-        assert [f"## {title}" in text for title in titles] == [title != left_out for title in titles]
+        text, _ = written([r for title, r in titles.items() if title != left_out])
+        for title in titles:
+            assert (f"## {title}" in text) == (title != left_out)
     (tmp_path / "tables.md").unlink()
-    text, said = written(tmp_path, [], monkeypatch, capsys)
+    text, said = written([])
     assert not text and "no rows" in said
 
 
-def test_a_speed_without_one_head_says_nothing_about_it(tmp_path, monkeypatch, capsys):
-    r = dict(checkpoint="a/b.pt", temperature=1.0, batch=8, heads=4, tokens_per_forward=2, tokens_per_s=10, speedup=1, predicted_speedup=1,
-             over_one=None, ms_round=1, looping=0, prompts=8)
-    text, _ = written(tmp_path, [row("speed", "speed", [r])], monkeypatch, capsys)
+def test_a_speed_without_one_head_says_nothing_about_it(written):
+    r = dict(checkpoint="a/b.pt", temperature=1.0, batch=8, heads=4, tokens_per_forward=2,
+             tokens_per_s=10, speedup=1, predicted_speedup=1, over_one=None, ms_round=1, looping=0,
+             prompts=8)
+    text, _ = written([row("speed", "speed", [r])])
     assert cells(text, "a")[7] == ""
 
 
@@ -174,8 +239,9 @@ def test_without_matplotlib_there_are_tables_and_one_line(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     tables.write(tmp_path, [effect_row("MTP", 1, 3.0, 0.5)])
     assert [p.name for p in tmp_path.iterdir()] == ["tables.md"]
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("no figures")] == [
-        "no figures: matplotlib is not installed (pip install matplotlib, or the extra `plots`)"]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no figures")]
+    assert said == ["no figures: matplotlib is not installed (pip install matplotlib, or the extra "
+                    "`plots`)"]
 
 
 @pytest.fixture
@@ -188,24 +254,31 @@ def plt():
 
 def drawn(fig):
     """{label: its points} of the first panel"""
-    return {line.get_label(): [tuple(map(float, p)) for p in line.get_xydata()] for line in fig.axes[0].lines}
+    result = {}
+    for line in fig.axes[0].lines:
+        result[line.get_label()] = [tuple(map(float, point)) for point in line.get_xydata()]
+    return result
 
 
 def test_cost_is_drawn_over_that_of_no_heads(plt):
-    points = (0, 0, 10.0, 2.0), (0, 0, 30.0, 2.0), (4, 0, 50.0, 3.0), (4, 0.5, 60.0, 4.0)       # K = 0 took 20 ms in the mean
+    # K = 0 took 20 ms in the mean
+    points = (0, 0, 10.0, 2.0), (0, 0, 30.0, 2.0), (4, 0, 50.0, 3.0), (4, 0.5, 60.0, 4.0)
     assert drawn(tables.cost_figure(plt, [cost_row(*points)])) == {
         "MTP, time": [(0, 0.5), (0, 1.5), (4, 2.5)], "MTP-D, time": [(4, 3.0)],
         "MTP, peak memory": [(0, 1), (0, 1), (4, 1.5)], "MTP-D, peak memory": [(4, 2.0)]}
     unmeasured = tables.cost_figure(plt, [cost_row((0, 0, 10.0, None), (4, 0, 20.0, None))])
     assert drawn(unmeasured) == {"MTP, time": [(0, 1), (4, 2)]}
-    assert tables.cost_figure(plt, [cost_row(*points[2:])]) is None               # nothing to compare with
+    assert tables.cost_figure(plt, [cost_row(*points[2:])]) is None        # nothing to compare with
 
 
 def test_entropy_is_drawn_as_the_mean_of_the_seeds(plt):
-    rows = [entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)), entropy_row("MTP-D", 1, (1.0, 0.5))]
-    fig = tables.entropy_figure(plt, rows)
+    fig = tables.entropy_figure(plt, [
+        entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)),
+        entropy_row("MTP-D", 1, (1.0, 0.5)),
+    ])
     close = pytest.approx
-    assert drawn(fig)["MTP, argmax"] == [(0.5, close(85)), (4, close(30))] and drawn(fig)["MTP-D, argmax"] == [(0.5, 100), (4, 50)]
+    assert drawn(fig)["MTP, argmax"] == [(0.5, close(85)), (4, close(30))]
+    assert drawn(fig)["MTP-D, argmax"] == [(0.5, 100), (4, 50)]
     assert drawn(fig)["MTP, sampled"] == [(0.5, close(90)), (4, close(40))]
     assert [bar.get_height() for bar in fig.axes[0].patches] == [75, 0, 25]
 
@@ -227,38 +300,381 @@ def test_a_half_line_is_left_out_and_the_next_row_begins_its_own(tmp_path, monke
 
 
 def test_entropy_runs_once_for_each_checkpoint_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    calls, broken = [], "MTP-D_seed2"
+    calls = []
+    broken = "MTP-D_seed2"
 
     def run(command, **_):
         calls.append(command[2])
-        return SimpleNamespace(returncode=int(broken in command[2]), stdout="text\n" + json.dumps([1.0]), stderr="no checkpoint")
+        return SimpleNamespace(returncode=int(broken in command[2]), stderr="no checkpoint",
+                               stdout="text\n" + json.dumps([1.0]))
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(reproduce, "git_commit", lambda: "1234567")
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     begin = list(reproduce.PARTS)
     assert begin.index("entropy") == begin.index("effect") + 1
-    for expected in (6, 1):                                                     # the second time, only what failed
+    args = SimpleNamespace(scale="gpu", seeds=(1, 2, 3))
+    for expected in (6, 1):                                # the second time, only what failed
         calls.clear()
-        reproduce.entropy(SimpleNamespace(scale="gpu"), reproduce.Runner("gpu", "work", 1), {"python": ("python", "")})
-        assert len(calls) == expected and str(Path("work/python_K4_MTP-D_seed2/ckpt.pt")) in calls
+        runner = reproduce.Runner("gpu", "work", 1)
+        reproduce.entropy(args, runner, {"python": ("python", "")})
+        assert len(calls) == expected
+        assert str(Path("work/python_K4_MTP-D_seed2/ckpt.pt")) in calls
     rows = tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")
     assert len(rows) == 5 and all(row["commit"] == "1234567" for row in rows)
 
 
 def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
-    """only where a run needs it, only if it has been made before, with what it needs itself first; and without a row"""
+    """only where a run needs it, only if it has been made before, with what it needs itself first;
+    and without a row"""
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    write = "import sys; from pathlib import Path; o = Path(sys.argv[-1]); o.mkdir(); (o / 'ckpt.pt').write_text('x'); print(1)"
+    write = ("import sys; from pathlib import Path; o = Path(sys.argv[-1]); o.mkdir(); "
+             "(o / 'ckpt.pt').write_text('x'); print(1)")
     read = "import sys; print(len(open(sys.argv[1]).read()))"
-    first = ("first", "effect", ["-c", write, "one", "--out", str(tmp_path / "a")], {})
-    second = ("second", "extend", ["-c", write, str(tmp_path / "a/ckpt.pt"), "--out", str(tmp_path / "b")], {})
+    a, b = [tmp_path / name for name in "ab"]
+    first = ("first", "effect", ["-c", write, "one", "--out", str(a)], {})
+    second = ("second", "extend", ["-c", write, str(a / "ckpt.pt"), "--out", str(b)], {})
     runner = reproduce.Runner("tiny", tmp_path, 2)
-    runner.makers = {tmp_path / "a": first, tmp_path / "b": second}
+    runner.makers = {a: first, b: second}
     runner.rows = [{"name": "first"}, {"name": "second"}]
-    runner.all([("third", "speed", ["-c", read, str(tmp_path / "b/ckpt.pt")], {})])
-    assert (tmp_path / "a/ckpt.pt").exists() and (tmp_path / "b/ckpt.pt").exists() and runner.failed == 0
+    runner.all([("third", "speed", ["-c", read, str(b / "ckpt.pt")], {})])
+    assert (a / "ckpt.pt").exists() and (b / "ckpt.pt").exists() and runner.failed == 0
     assert [row["name"] for row in runner.rows] == ["first", "second", "third"]
-    (tmp_path / "a/ckpt.pt").unlink()
-    runner.all([("third", "speed", [], {}), second])                     # all have rows: nothing runs
-    assert not (tmp_path / "a/ckpt.pt").exists()
+    (a / "ckpt.pt").unlink()
+    runner.all([("third", "speed", [], {}), second])       # all have rows: nothing runs
+    assert not (a / "ckpt.pt").exists()
+
+
+# -----------------------------------------------------------------------------
+# check.py
+
+
+SEEDS = [1, 2, 3, 4, 5]
+HEADER = dict(torch="2", commit="1234567", data_sha256="aa")
+
+
+def evaluation(shift=0.0):
+    """as train.py prints it, of one head"""
+    return dict(loss=[4.0 + shift, 4.5], kl=[0.2], ar=[0.7], car=[0.7], tokens_per_forward=1.7)
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """a record of five seeds whose main losses are 4.01 .. 4.05, as on another CPU 4.00, and a
+    train.py that finds `results` -> (its path, what train.py was called with, results)"""
+    path = tmp_path / "check.json"
+    calls = []
+    results = {seed: evaluation(seed / 100) for seed in SEEDS}
+
+    def trained(seed, flags, work, environment=None):
+        calls.append((seed, flags, environment))
+        return (evaluation() if environment else results[seed]), dict(HEADER)
+
+    monkeypatch.setattr(check, "train", trained)
+    monkeypatch.setattr(check, "record_path", lambda quick: path)
+    check.make_record([], True, SEEDS, "work")
+    return path, calls, results
+
+
+def reproduced(monkeypatch, *flags):
+    """-> the exit code of reproduce.py --check"""
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *flags])
+    with pytest.raises(SystemExit) as end:
+        reproduce.main()
+    return end.value.code
+
+
+def test_a_record_has_every_seed_and_one_of_them_as_on_another_cpu(recorded):
+    path, calls, _ = recorded
+    assert [seed for seed, *_ in calls] == [*SEEDS, 1]
+    assert [environment for *_, environment in calls] == [{}] * 5 + [check.OTHER_CPU]
+    assert calls[0][1] == check.TINY + check.QUICK
+    record = check.read_record(path)
+    assert record["values"]["loss main"] == [4.01, 4.02, 4.03, 4.04, 4.05, 4.0]
+    assert list(record["values"]) == [
+        "loss main", "loss 1", "KL 1", "AR 1", "CAR 1", "tokens per forward"]
+    assert record["seeds"] == SEEDS and record["data_sha256"] == "aa"
+    assert (record["commit"], record["torch"]) == ("commit 1234567", "torch 2")
+
+
+# 0.00 .. 0.05 have a standard deviation of 0.0187: allowed are -0.0561 to 0.1061
+@pytest.mark.parametrize("shift, outside", [
+    (0.1061, None), (0.1062, "+0.0001"), (-0.0561, None), (-0.0562, "-0.0001"), (math.nan, "+nan")])
+def test_the_check_is_outside_beyond_three_standard_deviations_of_the_range(
+    shift, outside, recorded, monkeypatch, capsys
+):
+    _, calls, results = recorded
+    results[6] = evaluation(shift)                       # the first seed that is not in the record
+    assert reproduced(monkeypatch, "--quick") == (0 if outside is None else 1)
+    out = capsys.readouterr().out
+    assert calls[-1] == (6, check.TINY + check.QUICK, None)
+    assert ("OUTSIDE" in out) == (outside is not None)
+    assert outside is None or f"OUTSIDE by {outside}\n" in out
+    assert f"{5 if outside else 6} of 6 measures are inside" in out
+
+
+def test_the_check_hands_flags_on_and_wants_a_new_seed_and_the_same_text(
+    recorded, monkeypatch, capsys
+):
+    _, calls, results = recorded
+    results[9] = evaluation(0.03)
+    assert reproduced(monkeypatch, "--seed", "9", "--beta", "0") == 0
+    assert calls[-1][:2] == (9, [*check.TINY, *check.QUICK, "--beta", "0"])
+    monkeypatch.setitem(HEADER, "data_sha256", "bb")
+    assert reproduced(monkeypatch, "--seed", "9") == 1
+    assert "OUTSIDE: the text is another one" in capsys.readouterr().out
+    results[9] = {**evaluation(), "ar": []}
+    few = "different seeds, with commas, at least 5"
+    for flags, message in (
+        (["--seed", "3"], "is one of the record's"), (["--seed", "9"], "--n_mtp"),
+        (["--record", "1,2,3,4,5,5"], few), (["--record", "1,2,3,4"], few),
+    ):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *flags])
+        with pytest.raises(UserError, match=message):
+            reproduce.main()
+
+
+def test_the_checks_flags_without_it_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--beta", "0"])
+    with pytest.raises(SystemExit) as end:
+        reproduce.main()
+    assert end.value.code == 2 and "go with --check" in capsys.readouterr().err
+
+
+def test_a_run_of_train_py_is_read(tmp_path, monkeypatch):
+    """results from its last line, the rest from its log; what stops it stops the check"""
+    script = """
+import json, os, sys
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = Path(given["--out"])
+out.mkdir(parents=True)
+(out / "log.jsonl").write_text('{"torch": "2"}\\n{}\\n')
+print("text")
+print(json.dumps([given["--seed"], given["--steps"], os.environ["X"]]))
+"""
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    result, header = check.train(3, ["--steps", "1"], "work", {"X": "7"})
+    assert (result, header) == (["3", "1", "7"], {"torch": "2"})
+    with pytest.raises(UserError, match="train.py stopped"):
+        check.train(3, ["--steps", "1"], "work", {"X": "7"})             # its folder is there
+
+
+# -----------------------------------------------------------------------------
+# cards.py
+
+
+@pytest.fixture
+def small_card(monkeypatch):
+    """-> (a model on the CPU, its config, [GiB of memory], the sizes tried): a pretended GPU of 80
+    GiB, where a micro-batch of n windows takes 1 + n / 2 GiB"""
+    cfg = train.make_config(dict(
+        preset="tiny", n_layer=1, n_head=2, n_embd=16, n_mtp=1, block_size=8, batch_size=30,
+        compile="off", steps=10,
+    ))
+    memory = [80.0]
+    tried = []
+    step = train.train_step
+
+    def pretend(net, model, optimizer, cfg, at, parts, dtype, grad_function):
+        tried.append((len(parts[0]), len(parts)))
+        if 1 + len(parts[0]) / 2 > memory[0]:
+            model.weight.grad = torch.ones_like(model.weight)             # of a first micro-batch
+            raise torch.OutOfMemoryError("pretended")
+        return step(net, model, optimizer, cfg, at, parts, dtype, grad_function)
+
+    def limit(share):
+        memory[0] = share * 80
+
+    monkeypatch.setattr(train, "train_step", pretend)
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "mem_get_info", lambda: (0, 80 * 2**30))
+    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", limit)
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: (1 + tried[-1][0] / 2) * 2**30)
+    monkeypatch.setattr(cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    return train.new_model(cfg, 11), cfg, memory, tried
+
+
+def test_the_micro_batch_is_halved_until_two_steps_fit(small_card):
+    model, cfg, memory, tried = small_card
+    before = [p.clone() for p in model.parameters()]
+    for gib, size in ((16, 30), (15.9, 15), (8, 6), (3, 3), (2, 1), (1, None)):
+        memory[0] = gib
+        peak = None if size is None else 1 + size / 2
+        assert cards.pick_micro_batch(model, cfg, torch.float32, 30) == (size, peak)
+    # whole steps, twice, of two micro-batches where there are two
+    assert tried[:2] == [(30, 1)] * 2 and tried[2:5] == [(30, 1), (15, 2), (15, 2)]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))     # nothing learned
+
+
+def test_flops_are_those_that_pytorch_counts():
+    """but for attention: here PyTorch multiplies the masked half, too"""
+    cfg = train.make_config(dict(preset="tiny", batch_size=4, block_size=32))
+    for K, tolerance in ((0, 1e-9), (2, 0.04)):            # head k has k rows less; not counted
+        config = GPTConfig(64, 32, 2, 2, 16, K)
+        model = GPT(config)
+        tokens = torch.randint(64, (4, 33))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            hidden = model(tokens[:, :-1])
+            distill.mtp_loss(hidden, model.weight, tokens[:, 1:])[0].backward()
+        flops, _ = cards.count_work(config, cfg, 4, 4)
+        masked = 6 * 4 * 32 * (2 + K) * 16 * 32
+        assert flops + masked == pytest.approx(counter.get_total_flops(), rel=tolerance)
+
+
+def test_bytes_of_a_step():
+    """by hand, for one block without heads: d = 16, V = 64, 4 windows of 32 tokens"""
+    cfg = train.make_config(dict(preset="tiny", batch_size=4, block_size=32))
+    weights = 12 * 16 * 16 + 64 * 16
+    for width, size in ((2, 4), (4, 4), (4, 1)):
+        _, moved = cards.count_work(GPTConfig(64, 32, 1, 2, 16, 0), cfg, size, width)
+        activations = 128 * width * (3 * 16 * 42 + 5 * 64)
+        assert moved == activations + weights * (20 * 4 // size + 28)
+
+
+def test_the_estimate_takes_the_same_share_of_the_other_cards_peaks():
+    # at the peaks 1 + 0.5 s in bf16; it takes 3 s: half
+    row = dict(device="NVIDIA H100 80GB HBM3", dtype="bfloat16", flops=989e12, bytes=1675e9,
+               s_per_step=3.0, minutes=60.0)
+    cards.add_estimates(row)
+    assert row["share"] == pytest.approx(0.5) and list(row["estimates"]) == ["RTX 3060", "RTX 4070"]
+    ideal = 989 / 25.5 + 1675 / 360
+    expected = [20 * 2 * ideal, 60 * 3350 / 360, 60 * 989 / 25.5]
+    assert row["estimates"]["RTX 3060"] == pytest.approx(expected)
+    row["dtype"] = "float32"
+    cards.add_estimates(row)
+    assert list(row["estimates"]) == ["T4"] and row["share"] == pytest.approx((989 / 495 + 0.5) / 3)
+    for name in ("NVIDIA GeForce RTX 3060 Ti", "Tesla P40"):             # no published peak
+        row["device"] = name
+        cards.add_estimates(row)
+        assert row["share"] is None and row["estimates"] == {}
+
+
+def test_cards_are_emulated_timed_and_printed(small_card, monkeypatch, capsys):
+    _, cfg, memory, _ = small_card
+    timed = dict(ms=500.0, peak_gib=1.5, tokens_per_s=7.0, loss="plain")
+    monkeypatch.setattr(bench, "time_steps", lambda models, *rest: [timed])
+    found = cards.measure([cfg], CPU, [4, 8, 1], 1)
+    assert [(r["memory_gb"], r["usable_gib"], r["micro_batch"]) for r in found["fits"]] == [
+        (8, pytest.approx(7.28), 6), (4, pytest.approx(3.64), 3), (1, pytest.approx(0.91), None)]
+    assert memory == [80]                                                         # lifted again
+    (row,) = found["times"]
+    assert (row["micro_batch"], row["s_per_step"]) == (6, 1.25)       # on 8 GB: five, two are timed
+    out = capsys.readouterr().out
+    assert "| 4 GB, emulated: 3.64 GiB | tiny | float32 | 3 | 2.50 |" in out
+    assert "does not fit" in out and "T4: about" in out and "ESTIMATES, not measured" in out
+    with pytest.raises(UserError, match="--memory_gb is 90"):
+        cards.limit_memory(90)
+    cards.limit_memory(0)
+    assert memory == [pytest.approx(72.8)]                                        # this GPU's own
+
+
+def test_a_vocabulary_is_that_of_the_presets_tokenizer():
+    sizes = {name: cards.vocabulary(train.make_config(dict(preset=name))) for name in train.PRESETS}
+    assert sizes["tiny"] == 2048 and sizes["gpt2"] == 50257 and sizes["shakespeare"] == 257
+
+
+# -----------------------------------------------------------------------------
+# plain.py, and its part and table
+
+
+def test_a_plain_gpt_is_measured_on_the_targets_of_a_model_with_heads(
+    tmp_path, monkeypatch, float64
+):
+    config = GPTConfig(5, 8, 1, 1, 8, 0)
+    model = GPT(config)
+    for p in model.parameters():
+        p.data *= 8 if p.dim() > 1 else 1
+    cfg = train.make_config(dict(
+        preset="tiny", n_mtp=0, block_size=8, eval_windows=3, device="cpu", dtype="float64"))
+    val = np.random.default_rng(0).integers(0, 5, 100).astype(np.uint16)
+    save_checkpoint(tmp_path / "ckpt.pt", model, train_config=dataclasses.asdict(cfg))
+    monkeypatch.setattr(train, "open_data", lambda cfg: (val, val, {}))
+    monkeypatch.setattr(train, "check_data", lambda *args, **options: None)
+    windows = np.stack([val[8 * w : 8 * w + 9] for w in range(3)])
+    windows = torch.from_numpy(windows.astype(np.int64))   # (3, 9)
+    logits = model.all_logits(windows[:, :-1])[0].transpose(1, 2)
+    losses = F.cross_entropy(logits, windows[:, 1:], reduction="none")            # (3, 8)
+    expected = pytest.approx(losses[:, 3:].mean().item())
+    assert plain.measure(tmp_path / "ckpt.pt", 3)["loss"] == [expected]
+    heads = GPT(dataclasses.replace(config, n_mtp=2))
+    save_checkpoint(tmp_path / "heads.pt", heads, train_config=dataclasses.asdict(cfg))
+    with pytest.raises(UserError, match="has 2 heads"):
+        plain.measure(tmp_path / "heads.pt", 3)
+
+
+def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, monkeypatch, capsys):
+    """600 steps of 30 ms with heads are 900 of 20 ms without"""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[1:])
+        if command[1] == "train.py":
+            out = tmp_path / command[command.index("--out") + 1]
+            out.mkdir(parents=True)
+            steps = int(command[command.index("--steps") + 1]) if "--steps" in command else 600
+            log = [dict(config=dict(steps=steps)), dict(ms=15.0), dict(ms=25.0), dict(val={})]
+            (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
+            (out / "ckpt.pt").write_text("", encoding="utf-8")
+        return SimpleNamespace(returncode=0, stdout=json.dumps(dict(loss=[3.0])))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "git_commit", lambda: "1234567")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    runner = reproduce.Runner("tiny", "work", 1)
+    args = SimpleNamespace(scale="tiny", seeds=(7,))
+    heads = dict(name="toy K4 MTP-D seed7")
+    for rows in ([], [heads]):                             # none; one of an earlier build
+        runner.rows += rows
+        reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
+        assert [c[0] for c in commands] == ["train.py", "results/plain.py"]
+        assert "there is no run of the same time" in capsys.readouterr().out
+    heads.update(steps=600, ms_per_step=30.0)
+    reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
+    # the first has a row
+    assert [c[0] for c in commands[2:]] == ["train.py", "results/plain.py"]
+    for command, steps in ((commands[0], None), (commands[2], "900")):
+        flags = dict(zip(command[1::2], command[2::2]))
+        assert (flags["--n_mtp"], flags["--seed"], flags["--lr"]) == ("0", "7", "1")
+        assert flags.get("--steps") == steps
+    row = reproduce.find_row(runner, "toy K0 same time seed7")
+    assert (row["steps"], row["ms_per_step"]) == (900, 20.0)
+
+
+def test_what_heads_cost_is_a_difference_within_a_seed(written):
+    rows = []
+    for seed in (1, 2):
+        for kind, loss, steps in (("steps", 3.0, 600), ("time", 2.9, 900)):
+            name = f"toy K0 same {kind} seed{seed}"
+            log = row(name, "plain", dict(loss=[9.0]), text="toy", seed=seed)
+            rows.append(dict(log, steps=steps, ms_per_step=20.0))
+            rows.append(row(f"{name}, loss", "plain", dict(loss=[loss + seed]), text="toy",
+                            method=f"no heads, same {kind}", seed=seed))
+        heads = effect_row("MTP-D", seed, 3.01 + seed, 0.5)
+        rows.append(dict(heads, K=4, steps=600, ms_per_step=30.0))
+        rows.append(dict(effect_row("MTP", seed, 3.5 + seed, 0.5), K=1))          # not K = 4
+    text, _ = written(rows)
+    text = text[text.index("## What heads cost") :]
+    assert cells(text, "toy", "MTP-D") == [
+        "2", "600 ±0", "30.0 ±0.0", "4.5100 ±0.5000", "0.0100 ±0.0000", "0.1100 ±0.0000"]
+    assert cells(text, "toy", "no heads, same time") == [
+        "2", "900 ±0", "20.0 ±0.0", "4.4000 ±0.5000", "-0.1000 ±0.0000", "0.0000 ±0.0000"]
+    assert "| toy | MTP |" not in text
+
+
+def test_cards_have_a_column_per_size_and_estimates_with_bounds(written):
+    fits = [dict(preset="small", dtype="bfloat16", memory_gb=gb, micro_batch=size, peak_gib=size)
+            for gb, size in ((8, 4), (6, None))]
+    timed = dict(preset="small", dtype="bfloat16", device="H100", micro_batch=4, s_per_step=0.05,
+                 minutes=1.5, share=0.4, estimates={"T4": [60.0, 20.0, 90.0]})
+    unknown = dict(timed, dtype="float32", share=None, estimates={})
+    result = dict(fits=fits, times=[timed, unknown])
+    text, _ = written([row("cards", "cards", result)])
+    assert "| preset | dtype | 6 GB | 8 GB |" in text
+    assert "| small | bfloat16 | does not fit | 4 (4.00 GiB) |" in text
+    assert cells(text, "small", "bfloat16", "H100") == [
+        "4", "0.0500", "1.5", "40%", "60 (20 to 90)"]
+    assert cells(text, "small", "float32", "H100") == ["4", "0.0500", "1.5", "", ""]
