@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,15 +312,21 @@ def start(monkeypatch, tmp_path, *argv):
 
 @pytest.mark.skipif(os.name == "nt", reason="there a waiting thread can not be interrupted")
 def test_ctrl_c_keeps_the_rows_and_starts_no_other_command(tmp_path, monkeypatch):
-    calls = []
+    calls, stopped = [], threading.Event()
+
+    class Pool(reproduce.ThreadPoolExecutor):
+        def __exit__(self, *error):
+            stopped.set()
+            return super().__exit__(*error)
 
     def run(command, **_):
         calls.append(command)
         if len(calls) == 2:
             _thread.interrupt_main()             # as a terminal does: it ends the command, too
-            time.sleep(0.3)
+            stopped.wait(20)
         return SimpleNamespace(returncode=len(calls) - 1, stdout="[1.0]", stderr="interrupted")
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", Pool)
     with pytest.raises(SystemExit) as stop:
         start(monkeypatch, tmp_path, "--part", "effect")
     path = tmp_path / "results" / "tiny" / "runs.jsonl"
