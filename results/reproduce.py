@@ -156,7 +156,11 @@ class Runner:
                 lanes.put(gpu)
 
         with ThreadPoolExecutor(lanes.qsize()) as pool:
-            list(pool.map(work, jobs))
+            try:
+                list(pool.map(work, jobs))
+            except KeyboardInterrupt:          # the commands that wait must not begin
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def all(self, jobs, each=None):
         """jobs (name, part, command, labels); each=1 for those that are timed"""
