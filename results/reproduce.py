@@ -46,7 +46,7 @@ import check  # noqa: E402
 import tables  # noqa: E402
 import torch  # noqa: E402
 
-from common import UserError, git_commit, run  # noqa: E402
+from common import UserError, git_commit, run, writing  # noqa: E402
 
 MODEL = {
     "tiny": "--preset tiny --eval_windows 200",
@@ -102,7 +102,7 @@ class Runner:
                    commit=git_commit())
         with self.lock:
             self.rows.append(row)
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def has(self, name):
@@ -156,7 +156,11 @@ class Runner:
                 lanes.put(gpu)
 
         with ThreadPoolExecutor(lanes.qsize()) as pool:
-            list(pool.map(work, jobs))
+            try:
+                list(pool.map(work, jobs))
+            except KeyboardInterrupt:          # the commands that wait must not begin
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def all(self, jobs, each=None):
         """jobs (name, part, command, labels); each=1 for those that are timed"""
@@ -189,7 +193,7 @@ def read_log(path):
     """the log of a run of train.py -> how many steps it had, and how long one took"""
     if not path.exists():
         return {}
-    header, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    header, *rows = [row for _, row in tables.json_lines(path) if row]
     ms = [row["ms"] for row in rows if "ms" in row]
     return dict(steps=header["config"]["steps"], ms_per_step=round(statistics.mean(ms), 3))
 
@@ -396,7 +400,7 @@ def nanogpt(args, runner, sources):
     for K in (0, 4):
         log = ROOT / runner.work / f"shakespeare{K}" / "log.jsonl"
         if log.exists() and not runner.has(f"shakespeare K{K} curve"):
-            rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            rows = [row for _, row in tables.json_lines(log) if row]
             vals = [row for row in rows if "val" in row]
             ms = statistics.median(row["ms"] for row in rows if "ms" in row)
             curve = dict(step=[v["step"] for v in vals],
@@ -484,10 +488,14 @@ def main():
     for n, base in LOOPS:
         makers += extend_jobs(args, runner, sources, n, base)
     runner.makers = {Path(job[2][job[2].index("--out") + 1]): job for job in makers}
-    for name, part in PARTS.items():
-        if args.part == "all" or name in args.part.split(","):
-            print(f"== {name}", flush=True)
-            part(args, runner, sources)
+    try:
+        for name, part in PARTS.items():
+            if args.part == "all" or name in args.part.split(","):
+                print(f"== {name}", flush=True)
+                part(args, runner, sources)
+    except KeyboardInterrupt:                  # it has reached the running commands, too
+        sys.exit(f"\nreproduce.py: interrupted; {runner.path} has the rows of what was finished, "
+                 "and the same command makes the others")
     tables.write(runner.folder, runner.rows)
     if runner.failed:
         raise UserError(f"{runner.failed} runs failed; call it again to run only those")

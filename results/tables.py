@@ -541,19 +541,26 @@ def read(path):
     computer stopped while it was written) is left out, and a line on the screen says so:
     reproduce.py then makes that row again
     """
-    path = Path(path)
     rows = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+    for number, row in json_lines(path):
         if isinstance(row, dict) and "name" in row:
             rows.append(row)
-        elif line.strip():
+        else:
             print(f"{path}, line {number}: not a whole row, left out")
     return rows
+
+
+def json_lines(path):
+    """(line number, value) of the lines of a file that are not blank; of one that was written in
+    part, None"""
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
 
 
 def write(folder, rows):

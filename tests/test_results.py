@@ -1,11 +1,14 @@
 """results/: acceptance by entropy against slow loops, the tables' arithmetic, logs that were cut
 off in a line, the check, what heads cost, and what fits on which card."""
+import _thread
 import ast
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,6 +300,62 @@ def test_a_half_line_is_left_out_and_the_next_row_begins_its_own(tmp_path, monke
     reproduce.Runner("tiny", "work", 1).add(name="b", part="x")
     assert [r["name"] for r in tables.read(path)] == ["a", "b"]
     assert tables.read(tmp_path / "none.jsonl") == []
+
+
+def start(monkeypatch, tmp_path, *argv):
+    """reproduce.py as a command, with its files in tmp_path"""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "git_commit", lambda: "1234567")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *argv])
+    reproduce.run(reproduce.main)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a waiting thread can not be interrupted")
+def test_ctrl_c_keeps_the_rows_and_starts_no_other_command(tmp_path, monkeypatch):
+    calls, stopped = [], threading.Event()
+
+    class Pool(reproduce.ThreadPoolExecutor):
+        def __exit__(self, *error):
+            stopped.set()
+            return super().__exit__(*error)
+
+    def run(command, **_):
+        calls.append(command)
+        if len(calls) == 2:
+            _thread.interrupt_main()             # as a terminal does: it ends the command, too
+            stopped.wait(20)
+        return SimpleNamespace(returncode=len(calls) - 1, stdout="[1.0]", stderr="interrupted")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", Pool)
+    with pytest.raises(SystemExit) as stop:
+        start(monkeypatch, tmp_path, "--part", "effect")
+    path = tmp_path / "results" / "tiny" / "runs.jsonl"
+    assert stop.value.code.strip().startswith(f"reproduce.py: interrupted; {path} has the rows")
+    assert len(tables.read(path)) == 1 and len(calls) == 2
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def refuse(row):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(reproduce.json, "dumps", refuse)
+    done = SimpleNamespace(returncode=0, stdout="[1]", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(SystemExit, match="could not write .*runs.jsonl .*No space left"):
+        start(monkeypatch, tmp_path, "--part", "cost")
+
+
+def test_a_log_with_half_a_line_gives_its_curve(tmp_path, monkeypatch):
+    log = tmp_path / "out" / "reproduce" / "shakespeare0" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    rows = [dict(config=dict(steps=10)), dict(step=9, ms=2.0), dict(step=10, val=dict(loss=[1.5]))]
+    text = "\n".join(map(json.dumps, rows[:2])) + '\n{"step": 1\n\n' + json.dumps(rows[2])
+    log.write_text(text, encoding="utf-8")
+    done = SimpleNamespace(returncode=0, stdout="[1]", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    start(monkeypatch, tmp_path, "--part", "nanogpt", "--shakespeare", "x")
+    table = tables.read(tmp_path / "results" / "tiny" / "runs.jsonl")
+    curve = dict(step=[10], val=[1.5], ms_per_step=2.0)
+    assert [r["result"] for r in table if "curve" in r["name"]] == [curve]
 
 
 def test_entropy_runs_once_for_each_checkpoint_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
