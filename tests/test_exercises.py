@@ -385,9 +385,9 @@ def test_5_rates(histogram, ar, car):
 # ---- 6 and 7. accept rules. All randomness of a rule is in `noise`; sample and bernoulli read it
 
 P = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.4, 0.0], [0.25, 0.25, 0.5]])   # row 0, then after d_1 = 0, 1, 2
-Q = torch.tensor([[0.2, 0.2, 0.6], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.25, 0.25, 0.5]])
+Q = torch.tensor([[0.2, 0.2, 0.6], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
 BONUS = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])                  # after d_2 = 0, 1, 2
-ROUNDS = 60_000
+ROUNDS = 20_000
 
 
 def play(rule):
@@ -445,12 +445,12 @@ def assert_accepts(rule, want_first, want_second):
     for d1 in range(3):
         at = drafts[:, 0] == d1
         rate = float((accepted[at] >= 1).double().mean())
-        assert rate == pytest.approx(want_first[d1], abs=0.02), f"draft {d1} is accepted"
+        assert rate == pytest.approx(want_first[d1], abs=3 / int(at.sum()) ** 0.5), f"draft {d1} is accepted"
         for d2 in range(3):
             at = (drafts[:, 0] == d1) & (drafts[:, 1] == d2) & (accepted >= 1)
             if at.any():
                 rate = float((accepted[at] == 2).double().mean())
-                assert rate == pytest.approx(want_second[d1][d2], abs=0.1), f"draft {d2} after {d1} is accepted"
+                assert rate == pytest.approx(want_second[d1][d2], abs=3 / int(at.sum()) ** 0.5), f"draft {d2} after {d1} is accepted"
 
 
 def assert_certain_token(rule):

@@ -1,17 +1,19 @@
 """lab.py: what start takes out comes back, a hand-out holds no answer, check says what to look at; slow: solutions, answers."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import lab
 import pytest
 from lab import CORE, EXERCISES
+from solutions import SOLUTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_FUNCTIONS = [n for n in EXERCISES if EXERCISES[n].functions]
@@ -239,3 +241,33 @@ def test_list_and_help(original, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.endswith("original")]) == len(WITH_FUNCTIONS)
     assert "lab.py: the exercises of tests/README.md, for students and for who teaches them." in lines
+
+
+# ---- slow: what a student may write
+
+
+def check_solution(folder, number, function, body):
+    """exercise `number` in a copy, its function written so -> exit code of check, and what it prints"""
+    copy_to(folder)
+    path = folder / lab.file_of(function)
+    indent = 8 if "." in function.split("::")[1] else 4
+    lab.write(path, lab.set_body(lab.read(path), function, textwrap.indent(body.strip("\n"), " " * indent)))
+    done = subprocess.run([sys.executable, "tests/lab.py", "check", str(number)], cwd=folder, capture_output=True,
+                          text=True, encoding="utf-8", errors="replace", timeout=120)
+    shutil.rmtree(folder)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CORE)
+def test_right_solutions_pass_and_wrong_ones_do_not(tmp_path, number):
+    tried = [(i, *solution) for i, solution in enumerate(SOLUTIONS) if solution[0] == number]
+    assert sum(right for *_, right, _ in tried) >= 1 and sum(not right for *_, right, _ in tried) >= 2
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda s: check_solution(tmp_path / str(s[0]), s[1], s[2], s[4]), tried))
+    wrong = []
+    for (_, _, function, right, body), (code, output) in zip(tried, results):
+        assert "look at this: " in output or code == 0, output
+        if code != (0 if right else 1):
+            wrong.append(f"{function}, {'right' if right else 'wrong'}, but check says {code}:\n{body}\n{output}")
+    assert not wrong, "\n\n".join(wrong)
