@@ -74,7 +74,7 @@ def topn_divergence(student, teacher, n, kl="forward", detach_teacher=True):
     """
     if detach_teacher:
         teacher = teacher.detach()
-    top = top_n_indices(teacher, n)                             # (C, N), the same set for all heads
+    top = teacher.topk(n, dim=-1, sorted=False).indices         # (C, N), the same set for all heads
     teacher = teacher.gather(-1, top)                           # (C, N)
     top = top.expand(*student.shape[:-1], -1)                   # (.., C, N)
     student = student.gather(-1, top)                           # (.., C, N)
@@ -130,30 +130,6 @@ def count_top_n(n, vocab_size):
     return min(vocab_size, int(n))
 
 
-def top_n_indices(logits, n):
-    """
-    logits.topk(n).indices, (.., V) -> (.., N), unsorted; ties at the N-th place go to any
-
-    On a GPU, topk over 50,000 logits is the most expensive part of distillation. Cut the row into
-    groups of g logits: the N largest lie in the N groups with the largest maxima (if one lay in
-    another group, N groups would each hold a logit at least as large). So take topk over V/g
-    maxima, then over the N*g logits of these groups: exact, and several times faster where N is
-    small. Below V/N = 16 (the default N = V/10, too) this is plain topk.
-    """
-    V = logits.size(-1)
-    g = 2 ** int(math.log2(max(1, V / n)) / 2)                  # about sqrt(V / N) is fastest
-    if g < 4 or V % g:
-        return logits.topk(n, dim=-1, sorted=False).indices
-    groups = logits.unflatten(-1, (V // g, g))                  # (.., V/g, g)
-    maxima = groups.amax(-1)                                    # (.., V/g)
-    best = maxima.topk(n, dim=-1, sorted=False).indices         # (.., N) groups
-    index = best.unsqueeze(-1).expand(*best.shape, g)
-    members = groups.gather(-2, index)                          # (.., N, g)
-    top = members.flatten(-2).topk(n, dim=-1, sorted=False).indices          # (.., N) among N*g
-    group = best.gather(-1, top // g)
-    return group * g + top % g
-
-
 # -----------------------------------------------------------------------------
 # the same in chunks of targets. K+1 rows of 2,000 targets and 50,304 logits are 1 GB in bf16, and a
 # training step has 16,000 targets. The loss is a scalar, so the gradient is known as soon as a
@@ -171,75 +147,61 @@ def loss_and_grad(logits, targets, alpha, beta, top_n, kl, detach_teacher, loss=
     return ce, kl_per_head, d_logits
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """mtp_d_loss of hidden (K+1, C, d) and the output head (V, d), `chunk` targets at a time"""
+class KnownGradient(torch.autograd.Function):
+    """returns the loss as it is; backward hands on the gradients, which are known already"""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, alpha, beta, chunk, grad_function, *options):
-        ce = torch.zeros_like(alpha)
-        kl = torch.zeros_like(beta)
-        d_hidden = torch.empty_like(hidden)
-        d_weight = None
-        if weight.requires_grad:                                # extend.py freezes it
-            d_weight = torch.zeros_like(weight, dtype=alpha.dtype)           # float32 sums
-        for start in range(0, len(targets), chunk):
-            cut = slice(start, start + chunk)
-            part = hidden[:, cut]                               # (K+1, C', d)
-            share = part.size(1) / len(targets)                 # of this chunk in the mean
-            logits = part @ weight.T                            # (K+1, C', V)
-            ce_part, kl_part, d_logits = grad_function(
-                logits, targets[cut], share * alpha, share * beta, *options
-            )
-            ce += share * ce_part
-            kl += share * kl_part
-            d_hidden[:, cut] = d_logits @ weight
-            if d_weight is not None:
-                d_rows = d_logits.flatten(0, 1)                 # ((K+1) C', V)
-                d_weight += d_rows.T @ part.flatten(0, 1)
-            del logits, d_logits                                # before the next chunk's are made
-        if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.mark_non_differentiable(ce, kl)
-        return (alpha * ce).sum() + (beta * kl).sum(), ce, kl
+    def forward(ctx, loss, rows, weight, d_rows, d_weight):
+        ctx.save_for_backward(d_rows, d_weight)
+        return loss
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        d_hidden, d_weight = ctx.saved_tensors
-        if d_weight is not None:
-            d_weight = grad * d_weight
-        no_gradient = [None] * (len(ctx.needs_input_grad) - 2)
-        return grad * d_hidden, d_weight, *no_gradient
-
-
-def chunk_size(targets, logits_per_target, at_most):
-    """how many targets make a chunk of about `at_most` logits; equal chunks where that is near"""
-    pieces = max(1, math.ceil(targets * logits_per_target / at_most))
-    for even in range(pieces, 2 * pieces + 1):
-        if targets % even == 0:
-            return targets // even
-    return math.ceil(targets / pieces)
+    def backward(ctx, grad):
+        d_rows, d_weight = ctx.saved_tensors
+        return None, grad * d_rows, grad * d_weight, None, None
 
 
 def per_head(value, K, name):
-    """a number, or a list of K numbers -> list of K"""
-    values = value
-    if isinstance(value, (int, float)):
-        values = [value] * K
-    values = [float(v) for v in values]
+    """one number, or K numbers -> list of K"""
+    values = [value] * K if isinstance(value, (int, float)) else list(value)
     if len(values) != K or not all(0 <= v < math.inf for v in values):
         raise ValueError(f"{name} is {value}; give one number >= 0, or one for each of {K} heads")
     return values
 
 
-def autocast_inputs(hidden, weight):
-    """under autocast, hidden states and weight in its dtype, as nn.Linear would cast them"""
+def autocast_inputs(rows, weight):
+    """under autocast, both in its dtype, as nn.Linear would cast them"""
     device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden = [h.to(dtype) for h in hidden]
-        weight = weight.to(dtype)
-    return hidden, weight
+    if not torch.is_autocast_enabled(device):
+        return rows, weight
+    dtype = torch.get_autocast_dtype(device)
+    return rows.to(dtype), weight.to(dtype)
+
+
+def chunk_size(targets, logits_per_target, at_most):
+    """how many targets make a chunk. Halving keeps the chunks equal where it can: a compiled loss
+    then sees one shape"""
+    size = targets
+    while size > 1 and size * logits_per_target > at_most:
+        size = math.ceil(size / 2)
+    return size
+
+
+def cross_entropy(hidden, weight, targets):
+    """hidden (B, T, d), weight (V, d), targets (B, T) -> the mean, a scalar"""
+    logits = to_float32(hidden @ weight.T)                      # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def aligned(hidden, targets, heads):
+    """the rows of the table above for R of the heads, without its first K columns, which have gaps:
+    column j of row k is h^k_{j-k} -> hidden states (R, C, d), their targets (C,)"""
+    K = len(hidden) - 1
+    T = targets.size(1)
+    if T <= K:
+        raise ValueError(f"got {T} tokens for {K} MTP heads; the loss takes at least {K + 1}")
+    rows = torch.stack([hidden[k][:, K - k : T - k] for k in heads])           # (R, B, T-K, d)
+    return rows.flatten(1, 2), targets[:, K:].flatten()
 
 
 def mtp_loss(
@@ -251,50 +213,54 @@ def mtp_loss(
 
     hidden   list of K+1, entry k (B, T-k, d), its row i predicting targets[:, i+k]
     weight   the output head, (V, d);  targets (B, T): token t_{j+1} in column j
-    alpha, beta     weight of each head's CE and KL: a number, or one per head
-    ramp            0..1, scales beta during training
-    top_n           N, a count or a fraction of V;  kl  a name in DIVERGENCES
-    detach_teacher  the stop-gradient on the teacher
-    chunk_logits    about how many logits may be in memory at once
-    grad_function   loss_and_grad, or fast.loss.loss_and_grad
+    alpha, beta    weight of each head's CE and KL: a number, or one per head
+    ramp           0..1, scales beta during training
+    top_n          N, a count or a fraction of V;  kl  a name in DIVERGENCES
+    chunk_logits   about how many logits may be in memory at once
+    grad_function  loss_and_grad, or fast.loss.loss_and_grad
     -> (loss, CE per head (K+1,), KL per head (K,)), means in nats: CE_main over all B*T targets,
     the rest over the B*(T-K) targets that all K+1 rows predict. KL is 0 where it was not computed.
     A head with alpha = beta = 0 (after the ramp) is left out, costs nothing here and reports 0.
     """
     K = len(hidden) - 1
-    B, T = targets.shape
-    if T <= K:
-        raise ValueError(f"got {T} tokens for {K} MTP heads; the loss takes at least {K + 1}")
     if kl not in DIVERGENCES:
         raise ValueError(f"unknown divergence {kl!r}; choose one of {', '.join(DIVERGENCES)}")
-    alpha = per_head(alpha, K, "alpha")
-    beta = [ramp * b for b in per_head(beta, K, "beta")]
+    main_share = 1 - K / targets.size(1)                        # columns without gaps
+    alpha = [main_share, *per_head(alpha, K, "alpha")]
+    beta = [0.0] + [ramp * b for b in per_head(beta, K, "beta")]
     top_n = count_top_n(top_n, len(weight)) if any(beta) else 0
-    device = targets.device
-    hidden, weight = autocast_inputs(hidden, weight)
-
-    # the table above, without its first K columns, which lack rows: column j of row k is h^k_{j-k}.
-    # Heads without weight are left out
-    used = [k for k in range(1, K + 1) if alpha[k - 1] or beta[k - 1]]
-    rows = [hidden[k][:, K - k : T - k] for k in [0, *used]]
-    rows = torch.stack(rows).flatten(1, 2)                      # (R, C, d)
-    main_share = (T - K) / T                                    # of CE_main's targets, these
-    float_type = torch.promote_types(weight.dtype, torch.float32)
-    alpha = torch.tensor([main_share] + [alpha[k - 1] for k in used], dtype=float_type)
-    beta = torch.tensor([beta[k - 1] for k in used], dtype=float_type)
-    loss, ce_used, kl_used = ChunkedLoss.apply(
-        rows, weight, targets[:, K:].flatten(),
-        alpha.to(device, non_blocking=True), beta.to(device, non_blocking=True),
-        chunk_size(rows.size(1), len(rows) * len(weight), chunk_logits), grad_function,
-        top_n, kl, detach_teacher,
-    )
-    ce = torch.zeros(K + 1, dtype=float_type, device=device)
-    kl_per_head = torch.zeros(K, dtype=float_type, device=device)
-    ce[[0, *used]] = ce_used
-    kl_per_head[[k - 1 for k in used]] = kl_used
+    used = [k for k in range(K + 1) if alpha[k] or beta[k]]
+    rows, labels = aligned(hidden, targets, used)               # (R, C, d), (C,)
+    rows, weight = autocast_inputs(rows, weight)
+    sum_type = torch.promote_types(weight.dtype, torch.float32)
+    head_weights = torch.tensor([alpha, beta], dtype=sum_type)[:, used]
+    head_weights = head_weights.to(weight.device, non_blocking=True)         # (2, R)
+    means = torch.zeros_like(head_weights)                      # CE and KL of each row
+    d_rows = []
+    d_weight = torch.zeros_like(weight, dtype=sum_type)
+    chunk = chunk_size(len(labels), len(used) * len(weight), chunk_logits)
+    with torch.no_grad():
+        for part, label in zip(rows.split(chunk, dim=1), labels.split(chunk)):
+            share = len(label) / len(labels)                    # of this chunk in the mean
+            alpha, beta = share * head_weights
+            logits = part @ weight.T                            # (R, C', V)
+            ce, kl_of_heads, d_logits = grad_function(
+                logits, label, alpha, beta[1:], top_n, kl, detach_teacher
+            )
+            means[0] += share * ce
+            means[1, 1:] += share * kl_of_heads
+            d_rows.append(d_logits @ weight)
+            if weight.requires_grad:                            # extend.py freezes it
+                d_weight += d_logits.flatten(0, 1).T @ part.flatten(0, 1)
+            del logits, d_logits                                # before the next chunk's are made
+    loss = (head_weights * means).sum()
+    d_rows = torch.cat(d_rows, dim=1)
+    d_weight = d_weight.to(weight.dtype)
+    loss = KnownGradient.apply(loss, rows, weight, d_rows, d_weight)
+    result = means.new_zeros(2, K + 1)                          # 0 for the heads left out
+    result[:, used] = means
     if K:  # the first K targets lack rows: they teach the main head alone
-        first = to_float32(hidden[0][:, :K] @ weight.T)         # (B, K, V)
-        first = F.cross_entropy(first.flatten(0, 1), targets[:, :K].flatten())
+        first = cross_entropy(hidden[0][:, :K], weight, targets[:, :K])
         loss = loss + (1 - main_share) * first
-        ce[0] = main_share * ce[0] + (1 - main_share) * first.detach()
-    return loss, ce, kl_per_head
+        result[0, 0] = main_share * result[0, 0] + (1 - main_share) * first.detach()
+    return loss, result[0], result[1, 1:]
