@@ -45,19 +45,21 @@ EXERCISES = {
                 twins=["tests/test_distill.py::slow_kl", "tests/test_distill.py::"
                        "test_a_new_divergence_is_one_function_and_one_entry"]),
     4: Exercise("alignment by target, and the whole loss", 45,
-                ["train.py::aligned_rows", "distill.py::mtp_d_loss"], needs=[3],
-                twins=["tests/test_distill.py::slow_loss", "tests/test_distill.py::"
+                ["distill.py::aligned", "distill.py::mtp_d_loss"], needs=[3],
+                twins=["tests/test_distill.py::slow_loss",
+                       "tests/test_train.py::slow_evaluation",
+                       "tests/test_distill.py::"
                        "test_the_plain_loss_is_the_loss_of_logits_that_are_aligned"]),
     5: Exercise("acceptance: AR and CAR", 30, ["decode.py::accepted_lengths", "decode.py::rates"],
-                twins=["tests/test_decode.py::test_acceptance_equals_a_loop_over_positions"]),
+                twins=["tests/test_decode.py::test_acceptance_equals_a_loop_over_positions",
+                       "tests/test_train.py::slow_evaluation"]),
     6: Exercise("two simple accept rules", 30, ["decode.py::match", "decode.py::point"],
                 twins=["tests/test_decode.py::emits_from_p_after_a_fixed_draft"]),
     7: Exercise("the residual rule", 45, ["decode.py::residual"],
                 twins=["tests/test_decode.py::accepts_by_q", "tests/test_decode.py::emits_from_p",
                        "decode.py::speculative_round"]),
     8: Exercise("a whole round, without a cache", 60, ["decode.py::speculative_round"],
-                needs=[1, 2], tests=["test_decode.py::"
-                                     "test_a_plain_round_emits_the_target_distribution"]),
+                needs=[1, 2]),
     9: Exercise("positions and the cache", 40, ["model.py::rotate"], needs=[1, 2],
                 tests=["test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward"],
                 twins=["tests/test_model.py::ref_turn"]),

@@ -176,25 +176,33 @@ p = to_float32(student.gather(-1, top.expand(*student.shape[:-1], -1))).softmax(
 return DIVERGENCES[kl](p.log(), q.log())
 """),
     # ---- 4
-    (4, "train.py::aligned_rows", True, """
-B, T, d = hidden[0].shape
-out = hidden[0].new_zeros(len(hidden), T * B, d)
-for k, h in enumerate(hidden):
-    for i in range(h.size(1)):
-        out[k, (i + k) * B : (i + k + 1) * B] = h[:, i]
-return out
+    (4, "distill.py::aligned", True, """
+K, (B, T) = len(hidden) - 1, targets.shape
+if T <= K:
+    raise ValueError("too short")
+columns = [[hidden[k][b, j - k] for k in heads] for b in range(B) for j in range(K, T)]
+labels = [targets[b, j] for b in range(B) for j in range(K, T)]
+return torch.stack([torch.stack(c) for c in columns], 1), torch.stack(labels)
 """),
-    # zeros at the end; window after window; rows from the right end but cut
-    (4, "train.py::aligned_rows", False, """
-return torch.stack([F.pad(h.transpose(0, 1), (0, 0, 0, 0, 0, k)) for k, h in enumerate(hidden)]).flatten(1, 2)
+    (4, "distill.py::aligned", True, """
+K = len(hidden) - 1
+if targets.size(1) <= K:
+    raise ValueError(f"{K + 1} tokens at least")
+rows = [hidden[k].narrow(1, K - k, targets.size(1) - K).reshape(-1, hidden[k].size(-1)) for k in heads]
+return torch.stack(rows), targets[:, K:].reshape(-1)
 """),
-    (4, "train.py::aligned_rows", False, """
-return torch.stack([F.pad(h, (0, 0, k, 0)) for k, h in enumerate(hidden)]).flatten(1, 2)
-"""),
-    (4, "train.py::aligned_rows", False, """
-T = hidden[-1].size(1)
-return torch.stack([h[:, :T].transpose(0, 1) for h in hidden]).flatten(1, 2)
-"""),
+    # the same rows of each head, not the same targets; all heads whatever is wanted; labels one off; targets before windows
+    *[(4, "distill.py::aligned", False, f"""
+K, T = len(hidden) - 1, targets.size(1)
+assert T > K
+rows = torch.stack([hidden[k][:, {rows}] for k in {heads}])
+return {result}
+""") for rows, heads, result in [
+        (": T - K", "heads", "rows.flatten(1, 2), targets[:, K:].flatten()"),
+        ("K - k : T - k", "range(K + 1)", "rows.flatten(1, 2), targets[:, K:].flatten()"),
+        ("K - k : T - k", "heads", "rows.flatten(1, 2), targets[:, : T - K].flatten()"),
+        ("K - k : T - k", "heads", "rows.transpose(1, 2).flatten(1, 2), targets[:, K:].flatten()"),
+        ("K - k : T - k", "range(len(heads))", "rows.flatten(1, 2), targets[:, K:].flatten()")]],
     (4, "distill.py::mtp_d_loss", True, """
 logits = to_float32(logits)
 K = logits.shape[0] - 1

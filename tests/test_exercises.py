@@ -7,6 +7,7 @@ distributions are compared, not the way to them. None holds a solution, so that 
 import inspect
 import itertools
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 
 import decode
 import distill
-import train
 from decode import Noise
 from model import GPT, Attention, Cache, GPTConfig
 
@@ -252,20 +252,37 @@ def test_3_numbers_that_break_a_careless_softmax():
 # ---- 4. alignment, and the loss
 
 
-def test_4_every_column_has_one_target():
-    """Entry k's row i predicts target i+k (counted from 0): in column j*B + b of every row stands what predicts target
-    j of window b, and 0 where head k has no state. Here each state is 100 (b+1) + its target."""
+@pytest.mark.parametrize("heads", [[0, 1, 2], [0, 2], [0]], ids=str)
+def test_4_every_column_has_one_target(heads):
+    """hidden[k][:, i] predicts targets[:, i+k]. A column of the result holds what the wanted heads say of one target, window
+    after window, and only targets that all K+1 rows predict. Here each state is the number of its target."""
     B, T, K = 2, 5, 2
-    hidden = []
-    for k in range(K + 1):
-        target = torch.arange(k, T)[None, :, None] + 100 * torch.arange(1, B + 1)[:, None, None]
-        hidden.append(target.expand(B, T - k, 3).double().contiguous())
-    rows = train.aligned_rows(hidden)
-    assert tuple(rows.shape) == (K + 1, T * B, 3)
-    columns = [100 * (b + 1) + j for j in range(T) for b in range(B)]
-    for k in range(K + 1):
-        want = [0] * (k * B) + columns[k * B :]
-        assert rows[k, :, 0].tolist() == want and rows[k, :, 2].tolist() == want, f"row {k}"
+    targets = 10 * torch.arange(1, B + 1)[:, None] + torch.arange(T)          # 10 .. 14 and 20 .. 24
+    hidden = [targets[:, k:, None].expand(B, T - k, 3).double() for k in range(K + 1)]
+    rows, labels = distill.aligned(hidden, targets, heads)
+    assert labels.tolist() == [12, 13, 14, 22, 23, 24], "targets K .. T-1 of each window"
+    assert tuple(rows.shape) == (len(heads), 6, 3), f"shape {tuple(rows.shape)}"
+    for row, k in zip(rows, heads):
+        assert row[:, 0].tolist() == row[:, 2].tolist() == labels.tolist(), f"head {k}"
+
+
+def test_4_the_rows_are_those_of_the_wanted_heads():
+    """`heads` are numbers of rows of the table, 0 the main head: is row r taken from hidden[heads[r]]?"""
+    hidden = [torch.full((1, 5 - k, 1), float(k)) for k in range(3)]
+    for heads in ([0, 1, 2], [0, 2], [1, 2]):
+        rows, _ = distill.aligned(hidden, torch.zeros(1, 5, dtype=torch.long), heads)
+        assert rows[:, 0, 0].tolist() == heads
+
+
+def test_4_gradients_and_short_windows():
+    """Nothing is detached: each of the rows hands its gradient on; T = K + 1 leaves one target, T = K is an error."""
+    hidden = [waves(1, 3 - k, 2).requires_grad_() for k in range(3)]
+    rows, labels = distill.aligned(hidden, torch.tensor([[7, 8, 9]]), [0, 1, 2])
+    assert labels.tolist() == [9]
+    rows.sum().backward()
+    assert [h.grad[0, :, 0].tolist() for h in hidden] == [[0, 0, 1], [0, 1], [1]]
+    with pytest.raises((ValueError, AssertionError)):
+        distill.aligned([h[:, :-1] for h in hidden], torch.tensor([[7, 8]]), [0, 1, 2])
 
 
 def some_logits(K=2, C=3, V=7):
@@ -501,6 +518,67 @@ def test_7_where_p_and_q_are_equal():
     noise = noise._replace(accept=torch.zeros(500, 1))             # exp(-0) = 1 is not below p/q = 1
     accepted, token = decode.residual(p, p[:, :1], torch.ones(500, 1, dtype=torch.long), noise)
     assert accepted.eq(0).all() and set(token.tolist()) == {1, 2}
+
+
+# ---- 8. a whole round
+
+
+def every_outcome(monkeypatch, function):
+    """{result: its probability}, over all outcomes of decode.sample and decode.bernoulli, however often they are called"""
+    found, waiting = defaultdict(float), [[]]
+    while waiting:
+        path = waiting.pop()
+        taken, weight = [], [1.0]
+
+        def choose(probs, path=path, taken=taken, weight=weight):
+            probs = [float(p) for p in probs.flatten()]
+            possible = [v for v, p in enumerate(probs) if p > 0]
+            if len(taken) == len(path):
+                waiting.extend([*taken, other] for other in possible[1:])
+                path.append(possible[0])
+            taken.append(path[len(taken)])
+            weight[0] *= probs[taken[-1]] / sum(probs)
+            return torch.tensor(taken[-1])
+
+        def bernoulli(p, noise=None, choose=choose):
+            p = torch.as_tensor(p)
+            yes = p.flatten()[0].clamp(0, 1)
+            return choose(torch.stack((1 - yes, yes))).bool().expand(p.shape)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "sample", lambda probs, noise=None: choose(probs).expand(probs.shape[:-1]))
+            patch.setattr(decode, "bernoulli", bernoulli)
+            result = function()
+        found[tuple(int(token) for token in result)] += weight[0]
+    assert sum(found.values()) == pytest.approx(1, abs=1e-12)
+    return found
+
+
+@pytest.mark.parametrize("length, heads", [(4, 0), (4, 1), (4, 2), (1, 2), (10, 2), (11, 2)])
+def test_8_the_next_token_has_the_main_heads_distribution(monkeypatch, length, heads):
+    """Whatever a round emitted before, its next token has the distribution of the main head. Prompts of 1 token (no h^0 for
+    head 1 to read yet) and contexts (12 here) that are nearly full have rounds with fewer drafts, or none."""
+    model = make_gpt(vocab_size=3, n_mtp=2)
+    tokens = [1, 0, 2, 2, 0, 1, 1, 2, 0, 0, 1][:length]
+    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, heads, 0.8))
+    assert max(map(len, found)) <= min(heads + 1, 12 - length)
+    for i in range(max(map(len, found))):
+        for start in {block[:i] for block in found if len(block) > i}:
+            logits = model.all_logits(torch.tensor([[*tokens, *start]]))[0][0, -1]
+            reached = sum(w for block, w in found.items() if len(block) > i and block[:i] == start)
+            for v, p in enumerate((logits / 0.8).softmax(-1).tolist()):
+                begins = sum(w for block, w in found.items() if block[: i + 1] == (*start, v))
+                assert begins == pytest.approx(reached * p, abs=1e-10), f"token {v} after {[*tokens, *start]}"
+
+
+def test_8_drafts_are_accepted(monkeypatch):
+    """Drafts come from the heads, and are accepted with min(1, p/q): a round that drafts nothing is exact, too, and useless."""
+    model = make_gpt(vocab_size=3, n_mtp=2)
+    tokens = [1, 0, 2, 2]
+    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, 2, 0.8))
+    main, head = model.all_logits(torch.tensor([tokens]))[:2]
+    both = torch.minimum((main[0, -1] / 0.8).softmax(-1), (head[0, -1] / 0.8).softmax(-1)).sum()
+    assert sum(w for block, w in found.items() if len(block) > 1) == pytest.approx(float(both))
 
 
 # ---- 9. positions
