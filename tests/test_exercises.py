@@ -407,10 +407,17 @@ BONUS = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])       
 ROUNDS = 20_000
 
 
+def some_noise(B, K, V, rows=1):
+    """the random numbers of a round; `match` takes K+1 rows of V to emit from, the others one"""
+    generator = torch.Generator().manual_seed(1)
+    shapes = dict(draft=(B, K, V), accept=(B, K), emit=(B, rows, V))
+    numbers = {name: torch.empty(shape).exponential_(generator=generator) for name, shape in shapes.items()}
+    return Noise(**{**dict.fromkeys(Noise._fields), **numbers})
+
+
 def play(rule):
     """many rounds with K = 2, V = 3 -> accepted (R,), the block of three tokens (R, 3), as far as it was emitted"""
-    generator = torch.Generator().manual_seed(1)
-    noise = decode.draw_noise(rule, ROUNDS, 2, torch.zeros(3, 1), generator)
+    noise = some_noise(ROUNDS, 2, 3, 3 if rule == "match" else 1)
     if rule == "residual":
         d1 = decode.sample(Q[:1].expand(ROUNDS, 3), noise.draft[:, 0])
         d2 = decode.sample(Q[1 + d1], noise.draft[:, 1])
@@ -420,9 +427,10 @@ def play(rule):
     draft_probs = torch.stack((Q[0].expand(ROUNDS, 3), Q[1 + d1]), 1)
     target_probs = torch.stack((P[0].expand(ROUNDS, 3), P[1 + d1], BONUS[d2]), 1)
     arguments = target_probs, draft_probs if rule == "residual" else None, drafts, noise
-    kept = [x.clone() for x in (target_probs, draft_probs, drafts, *noise)]
+    numbers = noise.draft, noise.accept, noise.emit
+    kept = [x.clone() for x in (target_probs, draft_probs, drafts, *numbers)]
     accepted, token = decode.RULES[rule](*arguments)
-    for x, before in zip((target_probs, draft_probs, drafts, *noise), kept):
+    for x, before in zip((target_probs, draft_probs, drafts, *numbers), kept):
         assert torch.equal(x, before), "a rule must not change its inputs"
     assert tuple(accepted.shape) == tuple(token.shape) == (ROUNDS,), "accepted and token are (B,) each"
     again = decode.RULES[rule](*arguments)
@@ -473,7 +481,9 @@ def assert_accepts(rule, want_first, want_second):
 def assert_certain_token(rule):
     p = F.one_hot(torch.tensor([[3, 3]]), 5).double()
     for value in (0.0, 1e-9, 1.0, 50.0):
-        noise = Noise(torch.ones(1, 1, 5), torch.full((1, 1), value), torch.full((1, 2 if rule == "match" else 1, 5), value + 0.1))
+        noise = some_noise(1, 1, 5, 2 if rule == "match" else 1)
+        noise.accept.fill_(value)
+        noise.emit.fill_(value + 0.1)
         _, token = decode.RULES[rule](p, p[:, :1], torch.tensor([[3]]), noise)
         assert token.tolist() == [3]
 
@@ -514,8 +524,8 @@ def test_7_where_p_and_q_are_equal():
     """p = q leaves no residual; a rejection by rounding must still emit a possible token: residual_probs has the guard."""
     assert_certain_token("residual")
     p = torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(500, 2, 4)
-    noise = decode.draw_noise("residual", 500, 1, torch.zeros(4, 1), torch.Generator().manual_seed(0))
-    noise = noise._replace(accept=torch.zeros(500, 1))             # exp(-0) = 1 is not below p/q = 1
+    noise = some_noise(500, 1, 4)
+    noise.accept.zero_()                                           # exp(-0) = 1 is not below p/q = 1
     accepted, token = decode.residual(p, p[:, :1], torch.ones(500, 1, dtype=torch.long), noise)
     assert accepted.eq(0).all() and set(token.tolist()) == {1, 2}
 
@@ -560,13 +570,13 @@ def test_8_the_next_token_has_the_main_heads_distribution(monkeypatch, length, h
     head 1 to read yet) and contexts (12 here) that are nearly full have rounds with fewer drafts, or none."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2, 0, 1, 1, 2, 0, 0, 1][:length]
-    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, heads, 0.8))
+    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, heads, 3.0))
     assert max(map(len, found)) <= min(heads + 1, 12 - length)
     for i in range(max(map(len, found))):
         for start in {block[:i] for block in found if len(block) > i}:
             logits = model.all_logits(torch.tensor([[*tokens, *start]]))[0][0, -1]
             reached = sum(w for block, w in found.items() if len(block) > i and block[:i] == start)
-            for v, p in enumerate((logits / 0.8).softmax(-1).tolist()):
+            for v, p in enumerate((logits / 3).softmax(-1).tolist()):
                 begins = sum(w for block, w in found.items() if block[: i + 1] == (*start, v))
                 assert begins == pytest.approx(reached * p, abs=1e-10), f"token {v} after {[*tokens, *start]}"
 
@@ -575,9 +585,9 @@ def test_8_drafts_are_accepted(monkeypatch):
     """Drafts come from the heads, and are accepted with min(1, p/q): a round that drafts nothing is exact, too, and useless."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2]
-    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, 2, 0.8))
+    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, 2, 3.0))
     main, head = model.all_logits(torch.tensor([tokens]))[:2]
-    both = torch.minimum((main[0, -1] / 0.8).softmax(-1), (head[0, -1] / 0.8).softmax(-1)).sum()
+    both = torch.minimum((main[0, -1] / 3).softmax(-1), (head[0, -1] / 3).softmax(-1)).sum()
     assert sum(w for block, w in found.items() if len(block) > 1) == pytest.approx(float(both))
 
 

@@ -1,16 +1,20 @@
 """lab.py: what start takes out comes back, a hand-out holds no answer, check says what to look at; slow: solutions, answers."""
 
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import lab
+import mutations
 import pytest
 from lab import CORE, EXERCISES
 from solutions import SOLUTIONS
@@ -271,3 +275,205 @@ def test_right_solutions_pass_and_wrong_ones_do_not(tmp_path, number):
         if code != (0 if right else 1):
             wrong.append(f"{function}, {'right' if right else 'wrong'}, but check says {code}:\n{body}\n{output}")
     assert not wrong, "\n\n".join(wrong)
+
+
+# ---- the answers of the guide
+
+# (exercise, file, what the guide says to change, into what, tests that its answer says fail, tests that it says pass)
+TAUGHT_NOTHING = "test_distill.py::test_a_head_that_says_what_the_main_head_says_of_the_same_token_is_taught_nothing"
+LOOPS = "test_model.py::test_all_logits_equal_the_loop_reference"
+ROLLBACKS = "test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward"
+RULE = "test_decode.py::test_each_rule_emits_the_target_law_and_accepts_as_often_as_it_says"
+ROUNDING = "test_decode.py::test_a_refusal_that_only_rounding_can_cause_still_emits_a_possible_token"
+BY_HAND = "test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand"
+GREEDY = "test_decode.py::test_greedy_text_is_that_of_plain_decoding"
+GUARD = "return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)"
+WINDOW = "self.window(self.draft_offsets, 1)"
+BREAKS = [
+    (1, "model.py", "is_causal=True, dropout_p", "is_causal=False, dropout_p",
+     ["test_model.py::test_changing_a_token_changes_nothing_before_it",
+      "test_model.py::test_a_row_sees_exactly_the_tokens_before_its_target", LOOPS, ROLLBACKS], []),
+    (2, "model.py", "embed[:, k:], self.angles(T))", "embed[:, k - 1 : -1], self.angles(T))", [LOOPS, ROLLBACKS], []),
+    (2, "model.py", "torch.cat((hidden, embed), dim=-1)", "torch.cat((embed, hidden), dim=-1)", [LOOPS], ["test_model.py"]),
+    (3, "distill.py", "top = teacher.topk(n,", "top = student.topk(n,", ["test_distill.py::test_five_words_worked_by_hand"], []),
+    (3, "distill.py", "if detach_teacher:", "if False:", ["test_distill.py::test_detach_keeps_the_teacher_out"], []),
+    (4, "distill.py", "hidden[k][:, K - k : T - k] for k in heads", "hidden[k][:, : T - K] for k in heads", [TAUGHT_NOTHING], []),
+    (4, "distill.py", '*per_head(alpha, K, "alpha")]', '*(main_share * a for a in per_head(alpha, K, "alpha"))]',
+     ["test_distill.py::test_everything_is_a_mean"], [TAUGHT_NOTHING]),
+    (5, "decode.py", "ok = ok * (choices", "ok = (choices", ["test_decode.py::test_acceptance_of_a_handmade_example"], []),
+    (7, "decode.py", GUARD, "return p", [RULE], [ROUNDING]),
+    (7, "decode.py", GUARD, "return rest", [ROUNDING], [RULE]),
+    (9, "model.py", "cache.slot > pos[:, None, :, None]", "cache.slot > pos[:, None, :, None] + 1", [ROLLBACKS], [LOOPS]),
+    (9, "model.py", "self.rope[:, pos].unsqueeze(2)", "self.rope[:, pos + 1].unsqueeze(2)", [], ["test_model.py", "test_decode.py"]),
+    (9, "model.py", "self.rope[:, pos].unsqueeze(2)", "self.rope[:, pos - pos[:, :1]].unsqueeze(2)", [ROLLBACKS, BY_HAND], [LOOPS]),
+    (12, "decode.py", WINDOW, "self.window(self.draft_offsets[-1:], 1)", [BY_HAND], [GREEDY]),
+    (12, "decode.py", WINDOW, "self.window(self.draft_offsets[-self.heads :], 1)", [BY_HAND], [GREEDY]),
+    (12, "decode.py", "token = select_row(choices, accepted)", "token = select_row(choices, accepted.clamp_max(K - 1))",
+     [BY_HAND, GREEDY], []),
+    (13, "extend.py", "model.requires_grad_(False)", "pass", ["test_extend.py::test_training_moves_the_new_heads_alone"], []),
+]
+
+
+def skip_if_rewritten(file, snippet):
+    """a student may write the line anew; in CI it must be there"""
+    times = lab.read(ROOT / file).count(snippet)
+    if times != 1 and not os.environ.get("CI"):
+        pytest.skip(f"{file} holds {snippet!r} {times} times")
+    assert times == 1, f"{file} holds {snippet!r} {times} times: change the guide and BREAKS"
+
+
+@pytest.mark.parametrize("n", range(len(BREAKS)))
+def test_the_guide_names_lines_that_exist(n):
+    number, file, snippet, mistake, _, _ = BREAKS[n]
+    guide = lab.read(ROOT / "tests/README.md")
+    section = guide.split(f"\n## {number}. ")[1].split("\n## ")[0].split("\n---")[0]
+    assert f"`{snippet}`" in section and (f"`{mistake}`" in section or mistake == "pass")
+    skip_if_rewritten(file, snippet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", range(len(BREAKS)))
+def test_a_break_fails_what_the_guide_says(tmp_path, n):
+    _, file, snippet, mistake, red, green = BREAKS[n]
+    skip_if_rewritten(file, snippet)
+    mutations.copy_to(tmp_path)
+    source = lab.read(tmp_path / file)
+    lab.write(tmp_path / file, source.replace(snippet, mistake))
+    output = mutations.run(tmp_path, [*red, *green])
+    failed = set(re.findall(r"^FAILED tests/([\w.]+::\w+)", output, re.MULTILINE))
+    assert failed == set(red), output
+
+
+# ---- what is measured in the guide
+
+SMALL_RUN = """
+import dataclasses, json, lzma, sys
+from pathlib import Path
+import torch
+import train
+from data.prepare import prepare
+torch.set_num_threads(1)
+here = Path(sys.argv[1])
+if not (here / "set").exists():
+    text = lzma.open("data/stories.val.txt.xz", "rt", encoding="utf-8").read()[:400_000]
+    (here / "text.txt").write_text(text, encoding="utf-8")
+    prepare(here / "text.txt", "bpe:512", here / "set", quiet=True)
+given = dict(n_layer=2, n_head=2, n_embd=64, n_mtp=3, block_size=64, batch_size=8, steps=200, warmup=10, lr=5e-3,
+             eval_every=1000, eval_windows=60, embed_std=0.05, device="cpu", compile="off", dtype="float32", fast="off",
+             data=str(here / "set"), out=str(here / sys.argv[2]), **json.loads(sys.argv[3]))
+cfg = train.make_config(given)
+data = train.open_data(cfg)
+model = train.new_model(cfg, data[2]["vocab_size"])
+print(json.dumps(train.train(model, cfg, *data, quiet=True)))
+"""
+
+
+def small_run(code, folder, name, **flags):
+    """200 steps with the code in a folder -> the evaluation"""
+    done = subprocess.run([sys.executable, "-c", SMALL_RUN, str(folder), name, json.dumps(flags)], cwd=code, capture_output=True,
+                          text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_what_the_guide_says_of_small_runs(tmp_path):
+    mutations.copy_to(tmp_path / "code")
+    right = small_run(tmp_path / "code", tmp_path, "right")
+    assert right["loss"][0] == pytest.approx(3.85, abs=0.1) and right["ar"][0] == pytest.approx(0.73, abs=0.05)
+    assert right["tokens_per_forward"] == pytest.approx(2.6, abs=0.15) and right["kl"][0] == pytest.approx(0.07, abs=0.03)
+    # exercise 3: without the stop-gradient
+    free = small_run(tmp_path / "code", tmp_path, "free", detach_teacher=False)
+    assert free["ar"][0] == pytest.approx(0.76, abs=0.05) and free["ar"][0] > right["ar"][0] + 0.01
+    assert free["loss"][0] == pytest.approx(right["loss"][0], abs=0.01)
+    # exercise 4: rows that are not aligned
+    (_, file, snippet, mistake, *_), *_ = [b for b in BREAKS if b[0] == 4]
+    skip_if_rewritten(file, snippet)
+    source = lab.read(tmp_path / "code" / file)
+    lab.write(tmp_path / "code" / file, source.replace(snippet, mistake))
+    wrong = small_run(tmp_path / "code", tmp_path, "wrong")
+    assert wrong["loss"][0] == pytest.approx(5.3, abs=0.2) and wrong["loss"][3] == pytest.approx(4.3, abs=0.2)
+    assert min(wrong["loss"]) == wrong["loss"][3]
+    assert wrong["ar"][0] == pytest.approx(0.89, abs=0.07) and wrong["ar"][0] > right["ar"][0] + 0.05
+    assert wrong["kl"][0] < right["kl"][0] / 2 and wrong["tokens_per_forward"] > right["tokens_per_forward"]
+
+
+DRAFT_LOOP = """        draft_probs.append(probs(k, tokens + drafts)[:, -1])
+        drafts.append(int(sample(draft_probs[-1], noise.draft[:, k - 1])))
+"""
+DROP_A_DRAFT = """        draft_probs.append(probs(k, tokens + drafts)[:, -1])
+        draft = int(sample(draft_probs[-1], noise.draft[:, k - 1]))
+        if draft_probs[-1][0, draft] < 0.6:
+            break
+        drafts.append(draft)
+    heads = len(drafts)
+"""
+STOP_BEFORE = """        draft_probs.append(probs(k, tokens + drafts)[:, -1])
+        if draft_probs[-1].max() < 0.6:
+            break
+        drafts.append(int(sample(draft_probs[-1], noise.draft[:, k - 1])))
+    heads = len(drafts)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop, exact", [(DROP_A_DRAFT, False), (STOP_BEFORE, True)])
+def test_dropping_a_draft_is_biased_and_stopping_before_it_is_exact(tmp_path, loop, exact):
+    """exercise 11"""
+    skip_if_rewritten("decode.py", DRAFT_LOOP)
+    mutations.copy_to(tmp_path)
+    lab.write(tmp_path / "decode.py", lab.read(tmp_path / "decode.py").replace(DRAFT_LOOP, loop))
+    test = "test_exercises.py::test_8_the_next_token_has_the_main_heads_distribution"
+    output = mutations.run(tmp_path, [test])
+    assert (f"FAILED tests/{test}" not in output) == exact and "ERROR" not in output, output
+
+
+def test_numbers_of_the_guide_that_are_worked_out():
+    # exercise 3
+    p, q = [1 / 8, 1 / 8, 6 / 8], [1 / 2, 1 / 4, 1 / 4]
+    forward = sum(b * math.log(b / a) for a, b in zip(p, q))
+    reverse = sum(a * math.log(a / b) for a, b in zip(p, q))
+    assert round(forward, 4) == 0.5918 and round((forward + reverse) / 2, 4) == 0.5779                   # and 10
+    # exercises 5 and 7
+    assert round(1 + 0.8 + 0.8**2 + 0.8**3, 2) == 2.95
+    p, q = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
+    accepted = sum(map(min, p, q))
+    assert round(accepted, 9) == 0.6 and round(0.2 + (1 - accepted) * 0.75, 9) == 0.5
+    assert [round(max(0, a - b) / (1 - accepted), 9) for a, b in zip(p, q)] == [0.75, 0.25, 0]
+    # exercise 11: drafts below 0.25 are dropped
+    q = [0.3, 0.2, 0.5]
+    rest = [max(0, a - b) for a, b in zip(p, q)]
+    emitted = [0.0] * 3
+    for x in range(3):
+        accept = 0 if q[x] < 0.25 else min(1, p[x] / q[x])
+        other = p if q[x] < 0.25 else [r / sum(rest) for r in rest]
+        for v in range(3):
+            emitted[v] += q[x] * ((v == x) * accept + (1 - accept) * other[v])
+    assert [round(e, 9) for e in emitted] == [0.6, 0.16, 0.24]
+    # exercise 14
+    two, four = 1 + 0.7 + 0.7**2, 1 + 0.7 + 0.7**2 + 0.7**3 + 0.7**4
+    assert [round(x, 2) for x in (two, four, two / 1.24, four / 1.48)] == [2.19, 2.77, 1.77, 1.87]
+    assert round((four - two) / (4 * two - 2 * four), 2) == 0.18
+
+
+# ---- slow: a whole hand-out
+
+
+@pytest.mark.slow
+def test_a_handout_is_green_once_it_is_solved(original, tmp_path):
+    lab.handout(original, tmp_path / "class", CORE)
+    folder = tmp_path / "class"
+    for number in CORE:
+        assert subprocess.run([sys.executable, "tests/lab.py", "check", str(number)], cwd=folder).returncode == 1
+    # the tests themselves, not only the look at the stub
+    for number in CORE:
+        output = mutations.run(folder, [name.removeprefix("tests/") for name in lab.get_tests(folder, number)])
+        assert "FAILED" in output, number
+    shutil.copyfile(tmp_path / "class-answers.json", folder / ".lab/answers.json")
+    for number in CORE:
+        lab.solve(folder, number)
+        begin = time.perf_counter()
+        assert lab.check(folder, number) == 0
+        assert time.perf_counter() - begin < 15, f"check {number} takes too long"
+    output = mutations.run(folder, [""])
+    assert "FAILED" not in output and "ERROR" not in output and " passed" in output, output
