@@ -533,6 +533,14 @@ def test_7_where_p_and_q_are_equal():
 # ---- 8. a whole round
 
 
+@pytest.fixture
+def speculative_round():
+    """a hand-out with exercise 7 alone leaves it out, for it shows the answer"""
+    if "left out: " in inspect.getsource(decode.speculative_round):
+        pytest.skip("left out of this hand-out")
+    return decode.speculative_round
+
+
 def every_outcome(monkeypatch, function):
     """{result: its probability}, over all outcomes of decode.sample and decode.bernoulli, however often they are called"""
     found, waiting = defaultdict(float), [[]]
@@ -565,12 +573,12 @@ def every_outcome(monkeypatch, function):
 
 
 @pytest.mark.parametrize("length, heads", [(4, 0), (4, 1), (4, 2), (1, 2), (10, 2), (11, 2)])
-def test_8_the_next_token_has_the_main_heads_distribution(monkeypatch, length, heads):
+def test_8_the_next_token_has_the_main_heads_distribution(speculative_round, monkeypatch, length, heads):
     """Whatever a round emitted before, its next token has the distribution of the main head. Prompts of 1 token (no h^0 for
     head 1 to read yet) and contexts (12 here) that are nearly full have rounds with fewer drafts, or none."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2, 0, 1, 1, 2, 0, 0, 1][:length]
-    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, heads, 3.0))
+    found = every_outcome(monkeypatch, lambda: speculative_round(model, tokens, heads, 3.0))
     assert max(map(len, found)) <= min(heads + 1, 12 - length)
     for i in range(max(map(len, found))):
         for start in {block[:i] for block in found if len(block) > i}:
@@ -581,11 +589,11 @@ def test_8_the_next_token_has_the_main_heads_distribution(monkeypatch, length, h
                 assert begins == pytest.approx(reached * p, abs=1e-10), f"token {v} after {[*tokens, *start]}"
 
 
-def test_8_drafts_are_accepted(monkeypatch):
+def test_8_drafts_are_accepted(speculative_round, monkeypatch):
     """Drafts come from the heads, and are accepted with min(1, p/q): a round that drafts nothing is exact, too, and useless."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2]
-    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, 2, 3.0))
+    found = every_outcome(monkeypatch, lambda: speculative_round(model, tokens, 2, 3.0))
     main, head = model.all_logits(torch.tensor([tokens]))[:2]
     both = torch.minimum((main[0, -1] / 3).softmax(-1), (head[0, -1] / 3).softmax(-1)).sum()
     assert sum(w for block, w in found.items() if len(block) > 1) == pytest.approx(float(both))

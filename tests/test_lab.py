@@ -1,6 +1,7 @@
 """lab.py: what start takes out comes back, a hand-out holds no answer, check says what to look at; slow: solutions, answers."""
 
 import json
+import lzma
 import math
 import os
 import re
@@ -346,32 +347,19 @@ def test_a_break_fails_what_the_guide_says(tmp_path, n):
 
 # ---- what is measured in the guide
 
-SMALL_RUN = """
-import dataclasses, json, lzma, sys
-from pathlib import Path
-import torch
-import train
-from data.prepare import prepare
-torch.set_num_threads(1)
-here = Path(sys.argv[1])
-if not (here / "set").exists():
-    text = lzma.open("data/stories.val.txt.xz", "rt", encoding="utf-8").read()[:400_000]
-    (here / "text.txt").write_text(text, encoding="utf-8")
-    prepare(here / "text.txt", "bpe:512", here / "set", quiet=True)
-given = dict(n_layer=2, n_head=2, n_embd=64, n_mtp=3, block_size=64, batch_size=8, steps=200, warmup=10, lr=5e-3,
-             eval_every=1000, eval_windows=60, embed_std=0.05, device="cpu", compile="off", dtype="float32", fast="off",
-             data=str(here / "set"), out=str(here / sys.argv[2]), **json.loads(sys.argv[3]))
-cfg = train.make_config(given)
-data = train.open_data(cfg)
-model = train.new_model(cfg, data[2]["vocab_size"])
-print(json.dumps(train.train(model, cfg, *data, quiet=True)))
-"""
+SMALL_RUN = ["train.py", "--data", "text.txt", "--tokenizer", "bpe:512", "--n_layer", "2", "--n_head", "2", "--n_embd", "64",
+             "--n_mtp", "3", "--block_size", "64", "--batch_size", "8", "--steps", "200", "--warmup", "10", "--lr", "5e-3",
+             "--eval_every", "1000", "--eval_windows", "60", "--embed_std", "0.05", "--device", "cpu", "--compile", "off",
+             "--dtype", "float32", "--fast", "off", "--json"]
 
 
-def small_run(code, folder, name, **flags):
+def small_run(code, name, *flags):
     """200 steps with the code in a folder -> the evaluation"""
-    done = subprocess.run([sys.executable, "-c", SMALL_RUN, str(folder), name, json.dumps(flags)], cwd=code, capture_output=True,
-                          text=True, encoding="utf-8", timeout=300)
+    if not (code / "text.txt").exists():
+        text = lzma.open(code / "data/stories.val.txt.xz", "rt", encoding="utf-8").read()[:400_000]
+        (code / "text.txt").write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, *SMALL_RUN, "--out", f"out/{name}", *flags], cwd=code, capture_output=True,
+                          text=True, encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -379,11 +367,11 @@ def small_run(code, folder, name, **flags):
 @pytest.mark.slow
 def test_what_the_guide_says_of_small_runs(tmp_path):
     mutations.copy_to(tmp_path / "code")
-    right = small_run(tmp_path / "code", tmp_path, "right")
+    right = small_run(tmp_path / "code", "right")
     assert right["loss"][0] == pytest.approx(3.85, abs=0.1) and right["ar"][0] == pytest.approx(0.73, abs=0.05)
     assert right["tokens_per_forward"] == pytest.approx(2.6, abs=0.15) and right["kl"][0] == pytest.approx(0.07, abs=0.03)
     # exercise 3: without the stop-gradient
-    free = small_run(tmp_path / "code", tmp_path, "free", detach_teacher=False)
+    free = small_run(tmp_path / "code", "free", "--no-detach_teacher")
     assert free["ar"][0] == pytest.approx(0.76, abs=0.05) and free["ar"][0] > right["ar"][0] + 0.01
     assert free["loss"][0] == pytest.approx(right["loss"][0], abs=0.01)
     # exercise 4: rows that are not aligned
@@ -391,7 +379,7 @@ def test_what_the_guide_says_of_small_runs(tmp_path):
     skip_if_rewritten(file, snippet)
     source = lab.read(tmp_path / "code" / file)
     lab.write(tmp_path / "code" / file, source.replace(snippet, mistake))
-    wrong = small_run(tmp_path / "code", tmp_path, "wrong")
+    wrong = small_run(tmp_path / "code", "wrong")
     assert wrong["loss"][0] == pytest.approx(5.3, abs=0.2) and wrong["loss"][3] == pytest.approx(4.3, abs=0.2)
     assert min(wrong["loss"]) == wrong["loss"][3]
     assert wrong["ar"][0] == pytest.approx(0.89, abs=0.07) and wrong["ar"][0] > right["ar"][0] + 0.05
