@@ -286,7 +286,8 @@ def check(root, number):
 PATTERNS = ("*.*", "LICENSE", "data/*.*", "fast/*.py", "results/**/*.*", "tests/*.*")
 # these hold answers, or test the text that a hand-out changes
 LEFT_OUT = ("tests/solutions.py", "tests/mutations.py", "tests/test_mutations.py",
-            "tests/test_lab.py", "tests/test_readme.py", "tests/test_style.py")
+            "tests/test_changes.py", "tests/test_lab.py", "tests/test_readme.py",
+            "tests/test_style.py")
 
 
 def files_to_copy(root):
