@@ -126,6 +126,15 @@ def test_what_was_written_is_never_lost(root):
     lab.start(root, 5)
 
 
+def test_line_endings_of_windows_stay(root):
+    path = root / "decode.py"
+    before = path.read_bytes().replace(b"\n", b"\r\n")
+    path.write_bytes(before)
+    lab.start(root, 5)
+    lab.solve(root, 5)
+    assert path.read_bytes() == before
+
+
 def test_bodies_without_docstring_and_with_comments():
     source = "class A:\n    @f\n    def g(self,\n          x):\n        # why\n\n        y = 1\n        return y\n\nlast = 0\n"
     want = 'class A:\n    @f\n    def g(self,\n          x):\n        raise NotImplementedError("m")\n\nlast = 0\n'
