@@ -277,7 +277,7 @@ def test_initial_weights():
 
 # ---- extend.py
 
-EXTEND_FLAGS = {f.name for f in dataclasses.fields(extend.ExtendConfig)}
+EXTEND_FLAGS = {*extend.FLAGS, "heads"}
 CHANGES_EXTENSION = dict(heads=3, steps=3, data="other", lr=0.05, beta="0.9", batch_size=4,
                          seed=2)
 KEEPS_EXTENSION = dict(micro_batch=2, eval_every=1, eval_windows=2)
