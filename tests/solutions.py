@@ -7,11 +7,11 @@ HEADS = """
 B, T, d = x.shape
 size = d // self.n_head
 q, k, v = [part.view(B, T, self.n_head, size).transpose(1, 2) for part in self.qkv(x).split(d, dim=-1)]
-q, k = rotate(q, rope), rotate(k, rope)
+q, k = rotate(q, positions.rope), rotate(k, positions.rope)
 """
 CACHED = """
 if cache is not None:
-    y = self.attend_to_cache(q, k, v, cache, positions)
+    y = self.attend_to_cache(q, k, v, positions, cache)
     return self.proj(y.transpose(1, 2).reshape(B, T, d))
 """
 SOFTMAX = """
@@ -61,7 +61,7 @@ return out.squeeze(-1)
     (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(0)") + DROP + OUT),
     # not scaled; v rotated, too; the cache forgotten
     (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX.replace(" / math.sqrt(size)", "") + DROP + OUT),
-    (1, "model.py::Attention.forward", False, HEADS + "v = rotate(v, rope)" + CACHED + SOFTMAX + DROP + OUT),
+    (1, "model.py::Attention.forward", False, HEADS + "v = rotate(v, positions.rope)" + CACHED + SOFTMAX + DROP + OUT),
     (1, "model.py::Attention.forward", False, HEADS + SOFTMAX + DROP + OUT),
     # dropout before the softmax; also in eval mode; without scaling; not at all; on the output; one mask for the batch
     (1, "model.py::Attention.forward", False, HEADS + CACHED + """
@@ -90,7 +90,7 @@ def rest(h, k):
     if T == 0:
         h = h[:, :0]
     else:
-        h = self.heads[k - 1](embed=embed[:, k : k + T], hidden=h.narrow(1, 0, T), rope=self.angles(T))
+        h = self.heads[k - 1](embed=embed[:, k : k + T], hidden=h.narrow(1, 0, T), positions=self.angles(T))
     return [h] + rest(h, k + 1)
 
 return [h0] + rest(h0, 1)
@@ -120,7 +120,7 @@ return out
 out = [h0]
 for k, head in enumerate(self.heads, 1):
     T = max(0, h0.size(1) - k)
-    out.append(head(out[-1][:, 1:][:, :T], embed[:, k : k + T], self.rope[:, None, None, 1 : T + 1]))
+    out.append(head(out[-1][:, 1:][:, :T], embed[:, k : k + T], self.angles(T + 1)._replace(rope=self.rope[:, None, None, 1 : T + 1])))
 return out
 """),
     (2, "model.py::GPT.cascade", False, """

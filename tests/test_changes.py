@@ -75,7 +75,7 @@ CHANGES = {
         """)],
     "the head": [("model.py", instead, "model.py::MTPHead.forward", """
         both = torch.cat((self.norm_hidden(hidden), self.norm_embed(embed)), dim=-1)
-        return self.block(hidden + self.mix(both), rope, cache, positions)
+        return self.block(hidden + self.mix(both), positions, cache)
         """)],
     "the accept rule": [("decode.py", after_assignment, "RULES", """
         def lenient(target_probs, draft_probs, drafts, noise):
@@ -104,7 +104,7 @@ CHANGES = {
         self.drop = nn.Dropout(config.dropout)
         """),
         ("model.py", instead, "model.py::Block.forward", """
-        x = x + self.drop(self.attn(self.norm1(x), rope, cache, positions))
+        x = x + self.drop(self.attn(self.norm1(x), positions, cache))
         return x + self.drop(self.experts(self.norm2(x)))
         """),
         ("model.py", replace, "\nclass Block(nn.Module):", '''
