@@ -23,32 +23,36 @@ from model import GPT, GPTConfig
 # flags
 
 
-def flag(default, help, min=None, max=None, below=None, choices=None):
-    """a field of a config dataclass that is a command-line flag: what it means and may be"""
-    limits = dict(min=min, max=max, below=below, choices=choices)
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+def flag(default, help, min=0, max=math.inf, choices=()):
+    """a field of a config dataclass that is a command-line flag: what it means and may be (min and
+    max are for numbers)"""
+    limits = (min, max, choices)
+    return dataclasses.field(default=default, metadata=dict(help=help, limits=limits))
 
 
-
-def parse(cls, text, extra=(), argv=None):
-    """flags from a dataclass -> (dict of the flags that were given, the rest)"""
+def parse(cls, text, extra=(), argv=None, only=None):
+    """flags from a dataclass, or from those of its fields that `only` names
+    -> (dict of the flags that were given, dict of the rest)"""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for field in dataclasses.fields(cls):
+    fields = dataclasses.fields(cls)
+    for field in fields:
+        help = field.metadata["help"]
+        if only is None:
+            help += f" (default {field.default!r})"
+        elif field.name not in only:  # its default stands in `text`
+            continue
+        options = dict(type=field.type)
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        else:
-            options = dict(type=field.type, metavar=field.type.__name__)
-        help = f"{field.metadata['help']} (default {field.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=help, **options)
+        parser.add_argument(
+            f"--{field.name}", default=argparse.SUPPRESS, help=help.replace("%", "%%"), **options
+        )
     for name, options in extra:
         parser.add_argument(name, **options)
-    given = vars(parser.parse_args(argv))
-    rest = {}
-    for name, _ in extra:
-        name = name.lstrip("-")
-        rest[name] = given.pop(name)
+    rest = vars(parser.parse_args(argv))
+    given = {field.name: rest.pop(field.name) for field in fields if field.name in rest}
     return given, rest
 
 
@@ -56,31 +60,17 @@ def check_flags(cfg):
     """raises a UserError for the first flag with a value outside its range or its choices"""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        problem = expected(value, field.metadata)
-        if problem:
-            raise UserError(f"--{field.name} is {value!r}; it must be {problem}")
-
-
-def expected(value, limits):
-    """-> what the value should be, in words, or None where it is fine"""
-    low, high, below = limits.get("min"), limits.get("max"), limits.get("below")
-    choices = limits.get("choices")
-    if choices is not None:
-        return None if value in choices else "one of " + ", ".join(filter(None, choices))
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
-    if low is not None and value < low:
-        good = False
-    elif high is not None and value > high:
-        good = False
-    else:
-        good = below is None or value < below
-    if good:
-        return None
-    text = f"at least {low}"
-    if high is not None:
-        text += f" and at most {high}"
-    return text if below is None else f"{text} and below {below}"
+        low, high, choices = field.metadata["limits"]
+        if choices:
+            good = value in choices
+            expected = "one of " + ", ".join(filter(None, choices))
+        elif isinstance(value, str):
+            continue
+        else:
+            good = low <= value <= high and math.isfinite(value)
+            expected = f"a finite number in [{low}, {high}]"
+        if not good:
+            raise UserError(f"--{field.name} is {value!r}; it must be {expected}")
 
 
 # -----------------------------------------------------------------------------
@@ -89,11 +79,9 @@ def expected(value, limits):
 
 def processes():
     """-> (rank of this process, number of processes), as torchrun sets them; (0, 1) without it"""
-    missing = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
-    if len(missing) == 1:
-        raise UserError("only one of the environment variables RANK and WORLD_SIZE is set, "
-                        f"{missing[0]} is not: unset the other (a cluster's job may have left it), "
-                        "or start with torchrun")
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise UserError("only one of the variables RANK and WORLD_SIZE is set: unset it (a "
+                        "cluster's job may have left it), or start with torchrun")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -107,8 +95,8 @@ def pick_device(name):
     if name == "auto":
         name = available[0]
     if name not in available:
-        here = ", ".join(available)
-        raise UserError(f"--device is {name!r}; it must be one of {here} here, or auto")
+        raise UserError(f"--device is {name!r}; it must be one of {', '.join(available)} here, or "
+                        "auto")
     return torch.device(name)
 
 
@@ -116,32 +104,33 @@ def pick_dtype(name, device):
     """-> (dtype of the matrix products, why)"""
     if name != "auto":
         return getattr(torch, name), "as requested"
-    if device.type == "cpu":
-        return torch.float32, "cpu: fp32 is the safe choice"
-    if device.type != "cuda":
-        return torch.float32, f"{device.type} is untested: fp32 is the safe choice"
-    if torch.cuda.get_device_capability()[0] >= 8:
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
         return torch.bfloat16, "this GPU computes in bf16"
-    return torch.float32, "this GPU has no fast bf16"
+    return torch.float32, f"{device.type}: fp32 is the safe choice"
 
 
 def autocast(device, dtype):
-    if dtype == torch.bfloat16:
-        return torch.autocast(device.type, dtype)
-    return contextlib.nullcontext()
+    """matrix products in bf16 where that is the dtype; nothing changes for the others"""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def git_commit():
     command = ["git", "rev-parse", "HEAD"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git
         return None
-    return run.stdout.strip() or None
+    return done.stdout.strip() or None
+
+
+def one_line(error):
+    """an exception's type and message as one short line"""
+    text = f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]
 
 
 # -----------------------------------------------------------------------------
-# checkpoints
+# what a run writes: checkpoints and the log
 
 
 @contextlib.contextmanager
@@ -159,134 +148,97 @@ def save_checkpoint(path, model, **meta):
     """one file of tensors and plain values (torch.load(weights_only=True) opens it). It is written
     beside and then renamed: whatever happens during the write, a complete checkpoint stays there"""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # its own, if two runs share a folder
     config = dataclasses.asdict(model.config)
     content = {"format": "mtp-d-1", "config": config, "model": model.state_dict(), **meta}
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             torch.save(content, part)
             os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def start_log(cfg, model, meta, start):
+    """the header line of a run from step `start`: what runs, on what; meta is the dataset's"""
+    cpu = f"cpu, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if model.weight.is_cuda else cpu
+    append_row(cfg.out, config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config),
+               parameters=model.count_parameters(), start=start, commit=git_commit(),
+               torch=torch.__version__, device=device, data_sha256=meta["sha256"])
+
+
+def append_row(folder, **row):
+    """one more line of log.jsonl"""
+    path = Path(folder) / "log.jsonl"
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def keep_old(folder):
     """rename what an earlier run left in this folder, so that a new run destroys nothing: one
     generation is kept. best.pt and the log go with it, or they would pass for the new run's"""
-    folder = Path(folder)
-    if not any((folder / name).exists() for name in ("ckpt.pt", "best.pt")):
+    paths = [Path(folder) / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
+    if not any(path.exists() for path in paths[:2]):
+        paths[2].unlink(missing_ok=True)       # of a run that saved nothing
         return
-    kept = []
-    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
-        path = folder / name
+    for path in paths:
         old = path.with_name(f"{path.stem}.old{path.suffix}")
         old.unlink(missing_ok=True)            # of the generation before
         if path.exists():
             os.replace(path, old)
-            kept.append(old.name)
-    print(f"{folder} holds an earlier run; it is kept as {', '.join(kept)}")
+    print(f"{folder} holds an earlier run; it is kept as ckpt.old.pt, with its best.old.pt and "
+          "log.old.jsonl")
+
+
+# -----------------------------------------------------------------------------
+# reading a checkpoint
 
 
 def load_checkpoint(path, device="cpu"):
     """-> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..)"""
     path = Path(path)
-    meta = read_checkpoint(path, device)
-    config, weights = meta.pop("config"), meta.pop("model")
-    unknown = set(config) - {field.name for field in dataclasses.fields(GPTConfig)}
-    if unknown:
-        raise UserError(f"{path} has a model with settings that this version does not know: "
-                        f"{', '.join(sorted(unknown))}; use the version that wrote it")
-    for name, weight in weights.items():
-        problem = None
-        if not weight.is_floating_point():
-            problem = f"is {weight.dtype}"
-        elif not weight.isfinite().all():
-            problem = "has values that are not finite"
-        if problem:
-            raise UserError(f"{path} is damaged: its weight {name} {problem}; use another copy, "
-                            "or train again")
-    model = GPT(GPTConfig(**config)).to(device)
-    for weight in model.parameters():
-        weight.data.fill_(float("nan"))    # a weight that is not loaded can't go unnoticed
-    model.to(weights["embed.weight"].dtype).load_state_dict(weights)
-    return model.eval(), meta
-
-
-def read_checkpoint(path, device):
-    """the dict in the file, after its checksums were compared: torch.load leaves them out"""
     if not path.is_file():
-        old = path.parent / f"{path.stem}.old{path.suffix}"
-        hint = f"{old} is an earlier run's" if old.is_file() else "train.py writes OUT/ckpt.pt"
-        raise UserError(f"no checkpoint at {path}; {hint}")
+        raise UserError(f"no checkpoint at {path}; train.py and extend.py write OUT/ckpt.pt, and "
+                        "keep an earlier run's as OUT/ckpt.old.pt")
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        meta = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # of many types, for what is cut short or another program's
-        raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__}): it is cut "
-                        "short, damaged, or another program's file") from None
-    if damaged:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} is wrong; use another copy, "
-                        "or train again")
-    if not isinstance(meta, dict) or meta.get("format") != "mtp-d-1":
-        raise UserError(f"{path} is a PyTorch file but not a checkpoint of train.py or extend.py")
-    return meta
-
-
-# -----------------------------------------------------------------------------
-# the log
-
-
-class Log:
-    """log.jsonl: a header line that says what ran, then a row each time; rank 0 only"""
-
-    def __init__(self, cfg, meta, model, start, append):
-        self.path = Path(cfg.out) / "log.jsonl"
-        if model.weight.is_cuda:
-            device = torch.cuda.get_device_name()
-        else:
-            device = f"{model.weight.device.type}, {torch.get_num_threads()} threads"
-        if not append:
-            self.path.unlink(missing_ok=True)
-        self.write(config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config),
-                   parameters=model.count_parameters(), start=start, commit=git_commit(),
-                   torch=torch.__version__, device=device, data_sha256=meta["sha256"])
-
-    def write(self, **row):
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            damaged = file.testzip()           # torch.load leaves the checksums out
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        meta = torch.load(path, map_location=device, weights_only=True)
+        weights = meta.pop("model")
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
+        # of shapes alone: they are compared before anything is allocated, and a weight that is not
+        # loaded can't go unnoticed
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**meta.pop("config")))
+        model.load_state_dict(weights, assign=True)
+        model.to(weights["embed.weight"].dtype)
+    except Exception as error:  # of many types
+        raise UserError(f"{path} can't be loaded ({one_line(error)}): it is cut short, damaged, of "
+                        "another version, or not a checkpoint of train.py or extend.py") from error
+    return model.eval(), meta
 
 
 # -----------------------------------------------------------------------------
 # the end
 
-
-def make_output_safe():
-    """a character that the output can't encode is printed as an escape: that must not end a run"""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def connected():
-    """whether torchrun's processes have found each other"""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def lost_connection(error):
-    """whether this error only says that another process of torchrun has stopped"""
-    if not connected():
-        return False
-    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    known = any(text in str(error) for text in texts)
-    return known or isinstance(error, torch.distributed.DistError)
+# what PyTorch says where another process of torchrun has stopped
+LOST_CONNECTION = ("DistBackendError", "DistNetworkError", "DistStoreError",
+                   "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def run(main):
     """call main(). A UserError is shown in one line, with exit code 1; every other exception is a
     mistake in the program and keeps its traceback"""
-    make_output_safe()
+    for stream in (sys.stdout, sys.stderr):    # either may be None
+        if hasattr(stream, "reconfigure"):     # a character that it can't encode must not end a run
+            stream.reconfigure(errors="backslashreplace")
     script = Path(sys.argv[0]).name
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except KeyboardInterrupt:
@@ -294,15 +246,14 @@ def run(main):
                  "--resume OUT/ckpt.pt")
     except UserError as error:
         # until the processes are connected, all of them find the same error: rank 0 shows it
-        if os.environ.get("RANK", "0") != "0" and not connected():
+        if rank != "0" and not torch.distributed.is_initialized():
             sys.exit(1)
         sys.exit(f"{script}: {error}")
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says it in words
-        if lost_connection(error):
-            sys.exit(f"{script}: rank {os.environ['RANK']} stopped, because another process did")
-        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not memory:
+        text = one_line(error)
+        if "RANK" in os.environ and any(sign in text for sign in LOST_CONNECTION):
+            sys.exit(f"{script}: rank {rank} stopped, because another process did")
+        if "OutOfMemoryError" not in text and "allocate memory" not in text:
             raise
-        reason = str(error).splitlines()[0][:120]
-        sys.exit(f"out of memory ({reason}): lower --micro_batch (the result stays the same, but "
-                 "for dropout), --block_size or the model's size")
+        sys.exit(f"out of memory ({text}): lower --micro_batch (the result stays the "
+                 "same, but for dropout), --block_size or the model's size")

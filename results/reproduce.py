@@ -45,7 +45,7 @@ from common import git_commit  # noqa: E402
 MODEL = {
     "tiny": "--preset tiny --eval_windows 200",
     "gpu": "--preset small --n_layer 8 --n_head 6 --n_embd 384 --block_size 256 --batch_size 32 --micro_batch 32 "
-           "--steps 1000 --warmup 100 --lr 1.5e-3 --eval_windows 400 --compile blocks --log_every 100",
+           "--steps 1000 --warmup 100 --lr 1.5e-3 --eval_windows 400 --compile model --log_every 100",
 }
 SEEDS = {"tiny": (1,), "gpu": (1, 2, 3)}
 PAPER = "--kl_start 0 --kl_ramp 0"             # the KL from the first step, as in the paper
@@ -295,7 +295,7 @@ def nanogpt(args, runner, sources):
     jobs = []
     for K in (0, 4):
         command = ["train.py", "--preset", "shakespeare", "--data", args.shakespeare, "--n_mtp", str(K),
-                   "--compile", "blocks", "--log_every", "100", "--out", str(runner.work / f"shakespeare{K}"), "--json"]
+                   "--compile", "model", "--log_every", "100", "--out", str(runner.work / f"shakespeare{K}"), "--json"]
         jobs.append((f"shakespeare K{K}", "nanogpt", command, dict(K=K, seed=1)))
     runner.all(jobs)
     for K in (0, 4):

@@ -1,5 +1,6 @@
 """common.py: flags and their ranges, devices, damaged checkpoints, errors and output."""
 import io
+import math
 import os
 import subprocess
 import sys
@@ -18,26 +19,26 @@ REPO = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Config:
-    rate: float = common.flag(0.5, "a fraction", min=0, max=1)
-    decay: float = common.flag(0.9, "a decay", min=0, below=1)
+    rate: float = common.flag(0.5, "a fraction", max=1)
+    decay: float = common.flag(0.9, "a decay", max=0.99)
     count: int = common.flag(3, "100 % of them", min=1)
     kind: str = common.flag("", "a | b", choices=("", "a", "b"))
-    any: float = common.flag(1.0, "without a range")
+    any: float = common.flag(1.0, "at least 0, which is the default range")
     switch: bool = common.flag(True, "on")
 
 
 @pytest.mark.parametrize("name,value,message", [
-    ("rate", 1.1, "--rate is 1.1; it must be at least 0 and at most 1"), ("rate", -0.1, "--rate"),
-    ("rate", float("nan"), "--rate is nan; it must be a finite number"),
-    ("decay", 1.0, "--decay is 1.0; it must be at least 0 and below 1"),
-    ("count", 0, "--count is 0; it must be at least 1$"),
+    ("rate", 1.1, r"--rate is 1.1; it must be a finite number in \[0, 1\]$"),
+    ("rate", -0.1, "--rate"), ("rate", float("nan"), "--rate is nan; it must be a finite number"),
+    ("decay", 1.0, r"--decay is 1.0; .* in \[0, 0.99\]"), ("any", -0.1, "--any"),
+    ("count", 0, r"--count is 0; .* in \[1, inf\]"),
     ("kind", "c", "--kind is 'c'; it must be one of a, b"),
     ("any", float("inf"), "--any is inf; it must be a finite number"),
 ])
 def test_a_flag_outside_its_range(name, value, message):
     with pytest.raises(common.UserError, match=message):
         common.check_flags(Config(**{name: value}))
-    for fine in ({}, {"rate": 0.0}, {"rate": 1.0}, {"decay": 0.0}, {"kind": "b"}, {"any": -5.0}):
+    for fine in ({}, {"rate": 0.0}, {"rate": 1.0}, {"decay": 0.0}, {"kind": "b"}, {"any": 5e9}):
         common.check_flags(Config(**fine))
 
 
@@ -49,6 +50,16 @@ def test_parse_tells_what_was_given(capsys):
         common.parse(Config, "what it does", extra, ["-h"])
     text = " ".join(capsys.readouterr().out.split())
     assert "what it does" in text and "100 % of them (default 3)" in text
+
+
+def test_parse_some_of_the_fields(capsys):
+    given, rest = common.parse(Config, "", argv=["--rate", "0.1"], only=("rate", "count"))
+    assert given == {"rate": 0.1} and not rest
+    for argv in (["--kind", "a"], ["-h"]):
+        with pytest.raises(SystemExit):
+            common.parse(Config, "what it does", argv=argv, only=("rate", "count"))
+    text = capsys.readouterr().out
+    assert "a fraction" in text and "a | b" not in text and "default" not in text
 
 
 @pytest.mark.parametrize("alone", ["RANK", "WORLD_SIZE"])
@@ -73,7 +84,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert common.pick_device("auto").type == "cpu"  # mps is untested: only on request
     assert common.pick_device("mps").type == "mps"
-    assert "untested" in common.pick_dtype("auto", torch.device("mps"))[1]
+    assert common.pick_dtype("auto", torch.device("mps"))[0] == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert common.pick_device("auto").type == "cuda"
 
@@ -112,26 +123,62 @@ def test_a_wrong_checksum_is_told(saved):
     data = bytearray(saved.read_bytes())
     data[largest.header_offset + 200] ^= 1
     saved.write_bytes(data)
-    with pytest.raises(common.UserError, match="damaged: the checksum of .*data.* is wrong"):
+    with pytest.raises(common.UserError, match="the checksum of .*data.* is wrong.*damaged"):
         common.load_checkpoint(saved)
 
 
-def to_int8(raw):
-    raw["model"]["norm.weight"] = raw["model"]["norm.weight"].to(torch.int8)
+def drop(raw, part, name):
+    del raw[part][name]
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda raw: raw["model"]["norm.weight"].fill_(float("nan")), "norm.weight has .* not finite"),
-    (lambda raw: raw["model"]["norm.weight"][2:3].fill_(float("inf")), "norm.weight has .* not finite"),
-    (to_int8, "norm.weight is torch.int8"),
-    (lambda raw: raw["config"].update(n_experts=4), "this version does not know: n_experts"),
+def set_weight(raw, weight):
+    raw["model"]["norm.weight"] = weight
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda raw: raw["model"]["norm.weight"].fill_(math.nan), "norm.weight .* not finite"),
+    (lambda raw: raw["model"]["norm.weight"][2:3].fill_(math.inf), "norm.weight .* not finite"),
+    (lambda raw: set_weight(raw, torch.ones(8, dtype=torch.int8)), "norm.weight.*floating point"),
+    # structure: nothing is allocated for a config that doesn't fit its weights
+    (lambda raw: raw["config"].update(n_experts=4), "n_experts.*another version"),
+    (lambda raw: raw["config"].update(n_layer="two"), "TypeError"),
+    (lambda raw: raw["config"].update(n_layer=2.5), "TypeError"),
+    (lambda raw: raw["config"].update(n_embd=2**20), "size mismatch"),
+    (lambda raw: raw["config"].update(n_mtp=2), "Missing key.*heads.1"),
+    (lambda raw: raw["config"].update(n_mtp=0), "Unexpected key.*heads.0"),
+    (lambda raw: raw.update(config=[1]), "can't be loaded"),
+    (lambda raw: raw.update(model=[1]), "can't be loaded"),
+    (lambda raw: raw.pop("model"), "KeyError: 'model'"),
+    (lambda raw: raw.pop("config"), "KeyError: 'config'"),
+    (lambda raw: drop(raw, "model", "norm.weight"), "Missing key.*norm.weight"),
+    (lambda raw: set_weight(raw, torch.ones(9)), "size mismatch for norm.weight"),
+    (lambda raw: set_weight(raw, torch.ones(2, 4)), "size mismatch for norm.weight"),
+    (lambda raw: set_weight(raw, "weights"), "can't be loaded"),
 ])
 def test_a_checkpoint_with_wrong_contents(saved, change, message):
     raw = torch.load(saved, weights_only=True)
     change(raw)
     torch.save(raw, saved)
-    with pytest.raises(common.UserError, match=message):
+    with pytest.raises(common.UserError, match=message) as caught:
         common.load_checkpoint(saved)
+    assert "\n" not in str(caught.value) and str(saved) in str(caught.value)
+
+
+def test_two_processes_may_write_one_checkpoint(saved, monkeypatch):
+    """each has a temporary file of its own: whoever is last, the checkpoint is whole"""
+    model, _ = common.load_checkpoint(saved)
+    save = torch.save
+
+    def interrupted(content, path):
+        save(content, path)
+        monkeypatch.setattr(torch, "save", save)
+        with monkeypatch.context() as patch:  # the other one writes, before this one renames
+            patch.setattr(os, "getpid", lambda: 12345)
+            common.save_checkpoint(saved, model, step=5)
+    monkeypatch.setattr(torch, "save", interrupted)
+    common.save_checkpoint(saved, model, step=4)
+    assert common.load_checkpoint(saved)[1]["step"] == 4
+    assert [path.name for path in saved.parent.iterdir()] == ["ckpt.pt"]
 
 
 # ---- the end
@@ -147,13 +194,15 @@ def test_printing_never_fails_a_run(monkeypatch, encoding):
     assert raw.getvalue() == b"a \\u4e2d \\ufffd b" + os.linesep.encode()
 
 
-@pytest.mark.parametrize("error", ["common.UserError('--lr is 5')", "ValueError('too many values')"])
+@pytest.mark.parametrize("error", [
+    "common.UserError('--lr is 5')", "ValueError('too many values')"])
 def test_a_user_error_is_one_line_and_all_else_a_traceback(tmp_path, error):
     script = tmp_path / "some.py"
     text = f"import common\ndef main():\n    raise {error}\ncommon.run(main)\n"
     script.write_text(text, encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(REPO)})
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 1
     if "UserError" in error:
         assert done.stderr.strip() == "some.py: --lr is 5"

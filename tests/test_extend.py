@@ -20,10 +20,12 @@ from extend import loop_heads
 from model import GPT, GPTConfig
 
 REPO = Path(__file__).resolve().parents[1]
-TEXT = "one two three four five six. " * 120                             # soon learned, so that heads guess right
-BASE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_mtp": 2, "block_size": 24, "dropout": 0.1,
-        "batch_size": 8, "steps": 60, "warmup": 5, "lr": 2e-2, "eval_every": 100, "eval_windows": 6, "log_every": 1,
-        "device": "cpu", "compile": "off", "dtype": "float64", "alpha": "0.3,0.2", "beta": "0.5", "kl_start": 0.5}
+TEXT = "one two three four five six. " * 120  # soon learned, so that heads guess right
+BASE = {
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "n_mtp": 2, "block_size": 24, "dropout": 0.1,
+    "batch_size": 8, "steps": 60, "warmup": 5, "lr": 2e-2, "eval_every": 100, "eval_windows": 6,
+    "log_every": 1, "device": "cpu", "compile": "off", "dtype": "float64", "alpha": "0.3,0.2",
+    "beta": "0.5", "kl_start": 0.5}
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")
 
 
@@ -36,7 +38,7 @@ def base(tmp_path_factory):
     cfg = train.make_config({**BASE, "data": str(data), "out": str(folder / "toy")})
     torch.manual_seed(1)
     model = GPT(GPTConfig(257, **{name: BASE[name] for name in SHAPE})).double()
-    train.train(model, cfg, *train.open_data(cfg), quiet=True)
+    train.train(model, cfg, *train.open_data(cfg))
     return folder / "toy/ckpt.pt"
 
 
@@ -51,7 +53,8 @@ def undo_globals(monkeypatch):
 def make_model(m, seed=0):
     """random, large weights: every head differs from every other"""
     gen = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=11, block_size=20, n_layer=1, n_head=1, n_embd=8, n_mtp=m)).double()
+    config = GPTConfig(vocab_size=11, block_size=20, n_layer=1, n_head=1, n_embd=8, n_mtp=m)
+    model = GPT(config).double()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=gen, dtype=torch.float64) * 0.4)
@@ -92,16 +95,19 @@ def weights(model):
 
 def moved(before, after, name=""):
     """names of the weights that changed"""
-    return {n for n in after if n.startswith(name) and (n not in before or not torch.equal(before[n], after[n]))}
+    old = {n for n in after if n in before and torch.equal(before[n], after[n])}
+    return {n for n in after if n.startswith(name)} - old
 
 
 def names(model, heads):
-    return {name for name in model.state_dict() if name.startswith(tuple(f"heads.{k}." for k in heads))}
+    starts = tuple(f"heads.{k}." for k in heads)
+    return {name for name in model.state_dict() if name.startswith(starts)}
 
 
 def old_part(result, m):
     """what an evaluation says of the main head and heads 1 .. m"""
-    return [result[name][: m + (name in ("loss", "accuracy"))] for name in ("loss", "accuracy", "kl", "ar", "car")]
+    per_row = [result[name][: m + 1] for name in ("loss", "accuracy")]
+    return per_row + [result[name][:m] for name in ("kl", "ar", "car")]
 
 
 # ---- the copy
@@ -112,7 +118,8 @@ def test_heads_are_copied_and_not_shared(m, n):
     model = make_model(m)
     before = weights(model)
     new = loop_heads(model, n)
-    assert new.config == dataclasses.replace(model.config, n_mtp=n) and len(new.heads) == n and not new.training
+    assert new.config == dataclasses.replace(model.config, n_mtp=n)
+    assert len(new.heads) == n and not new.training
     assert loop_heads(model.train(), n).training
     for name, weight in new.state_dict().items():
         part, _, rest = name.partition(".")
@@ -142,7 +149,8 @@ def cascade_by_hand(model, n, tokens):
 
 @pytest.mark.parametrize("m,n", [(1, 8), (4, 6)])
 def test_the_copy_is_the_cascade_with_repeated_heads(m, n):
-    model, tokens = make_model(m), torch.randint(11, (2, 12), generator=torch.Generator().manual_seed(3))
+    model = make_model(m)
+    tokens = torch.randint(11, (2, 12), generator=torch.Generator().manual_seed(3))
     got, want = loop_heads(model, n).all_logits(tokens), cascade_by_hand(model, n, tokens)
     assert len(got) == len(want) == n + 1 and all(map(torch.equal, got, want))
 
@@ -156,15 +164,19 @@ def test_no_steps_is_only_the_copy(base, tmp_path, monkeypatch, capsys):
     assert result["before"] == result["after"] and len(result["after"]["car"]) == 5
     assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1]
     assert meta["step"] == 0 and meta["tokenizer"] == first["tokenizer"]
-    assert "[1, 2, 1]" in out and out.count("frozen") == 2 and "copied" in out
+    assert "[1, 2, 1]" in out and "heads 1 to 2 are frozen" in out
+    car = result["before"]["car"]
+    assert f"{1 + sum(car[:2]):.2f} with 2 heads, {1 + sum(car):.2f} copied" in out
+    assert out.count("token +6") == 2  # two tables of 5 heads
 
 
 @pytest.mark.parametrize("n", [8, 16])
 def test_decoding_is_still_the_plain_text(base, n):
     old = common.load_checkpoint(base)[0]
     model = loop_heads(old, n)
-    for weight in model.heads[2].parameters():                           # a head that has learned something of its own
-        weight.data.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.02)
+    for weight in model.heads[2].parameters():  # a head that has learned something of its own
+        generator = torch.Generator().manual_seed(4)
+        weight.data.add_(torch.randn(weight.shape, generator=generator) * 0.02)
     prompts = [list(b"one t"), list(b"e"), list(b"six. one two")]
     got, stats = decode.generate(model, prompts, 16)
     for prompt, ids in zip(prompts, got):
@@ -172,7 +184,8 @@ def test_decoding_is_still_the_plain_text(base, n):
         while len(text) < min(24, len(prompt) + 16):
             text.append(int(old.all_logits(torch.tensor([text]))[0][0, -1].argmax()))
         assert ids == text[len(prompt):]
-    assert got == decode.generate(old, prompts, 16, heads=0)[0] == decode.generate(model, prompts, 16, heads=5)[0]
+    assert got == decode.generate(old, prompts, 16, heads=0)[0]
+    assert got == decode.generate(model, prompts, 16, heads=5)[0]
     assert len(stats.accepted) == n + 1 and sum(stats.accepted[3:]) > 0  # new heads did take part
 
 
@@ -182,31 +195,36 @@ def test_decoding_is_still_the_plain_text(base, n):
 def test_training_moves_the_new_heads_alone(base, tmp_path, monkeypatch, capsys):
     old, first = common.load_checkpoint(base)
     start = weights(loop_heads(old, 4))
-    model, meta = extended(monkeypatch, base, tmp_path, "--steps", 8, "--json")       # --heads: twice as many
+    # --heads: twice as many
+    model, meta = extended(monkeypatch, base, tmp_path, "--steps", 8, "--json")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert moved(start, weights(model)) == names(model, [2, 3])          # each of their tensors, and nothing else
+    # each of their tensors, and nothing else
+    assert moved(start, weights(model)) == names(model, [2, 3])
     before, after = result["before"], result["after"]
     assert old_part(before, 2) == old_part(after, 2)
     assert min(before["ar"][:2]) > 0.3 and after["loss"][3:] != before["loss"][3:]
-    assert after["tokens_per_forward"] != before["tokens_per_forward"] and meta["extension"]["before"] == before
+    assert after["tokens_per_forward"] != before["tokens_per_forward"]
+    assert meta["extension"]["before"] == before
     held = [entry["exp_avg"].numel() for entry in meta["optimizer"]["state"].values()]
     assert sorted(held) == sorted(start[name].numel() for name in names(model, [2, 3]))
     plan, cfg = meta["extension"], meta["train_config"]
     assert (plan["from_heads"], plan["copied_from"]) == (2, [0, 0, 1, 2])
-    assert (cfg["alpha"], cfg["beta"], cfg["kl_start"], cfg["kl_ramp"]) == ("0.0,0.0,0.2,0.2", "0.0,0.0,0.5,0.5", 0, 0)
+    assert (cfg["alpha"], cfg["beta"]) == ("0.0,0.0,0.2,0.2", "0.0,0.0,0.5,0.5")
+    assert (cfg["kl_start"], cfg["kl_ramp"]) == (0, 0)
     assert (cfg["n_mtp"], cfg["steps"], cfg["lr"]) == (4, 8, first["train_config"]["lr"])
-    assert meta["best_loss"] == before["loss"][0]
     header, *rows = log_rows(tmp_path)
-    assert header["model"]["n_mtp"] == 4 and [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert header["model"]["n_mtp"] == 4
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
     assert rows[-1]["val"] == after
     assert all(row["kl"][:2] == [0, 0] and min(row["kl"][2:]) > 0 for row in rows if "kl" in row)
     longer = extended(monkeypatch, base, tmp_path, "--steps", 40, "--json")[1]["extension"]
     after = json.loads(capsys.readouterr().out.splitlines()[-1])["after"]
-    assert sum(after["loss"][3:]) < sum(longer["before"]["loss"][3:]) - 0.1           # it is worth it
+    assert sum(after["loss"][3:]) < sum(longer["before"]["loss"][3:]) - 0.1  # it is worth it
 
 
 def log_rows(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (Path(out) / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_frozen_parts_have_no_gradient_and_no_dropout(base, tmp_path, monkeypatch):
@@ -220,16 +238,19 @@ def test_frozen_parts_have_no_gradient_and_no_dropout(base, tmp_path, monkeypatc
         def before_step(optimizer, *_):
             parts = [part.training for part in (*model.blocks, *model.heads, model.drop)]
             assert parts == [False, False, False, True, True, False]
-            assert not any(part.training for part in model.heads[1].modules()) and model.heads[2].block.drop.training
-            assert {name for name, p in model.named_parameters() if p.grad is not None} == names(model, [2, 3])
+            assert not any(part.training for part in model.heads[1].modules())
+            assert model.heads[2].block.drop.training
+            learn = {name for name, p in model.named_parameters() if p.grad is not None}
+            assert learn == names(model, [2, 3])
         out = make(model, *args)
         out.register_step_pre_hook(before_step)
         held = {id(p) for group in out.param_groups for p in group["params"]}
-        assert {name for name, p in model.named_parameters() if id(p) in held} == names(model, [2, 3])
+        held_names = {name for name, p in model.named_parameters() if id(p) in held}
+        assert held_names == names(model, [2, 3])
         return out
     monkeypatch.setattr(train.distill, "mtp_loss", spy_loss)
     monkeypatch.setattr(train, "make_optimizer", spy_optimizer)
-    evaluate_every(monkeypatch, 1)                                       # .. nor do they come back after an evaluation
+    evaluate_every(monkeypatch, 1)  # .. nor do they come back after an evaluation
     extended(monkeypatch, base, tmp_path, "--steps", 3)
     assert seen == [([False, False, False, True, True], False, 1.0)] * 3
 
@@ -238,7 +259,8 @@ def test_extending_an_extension(base, tmp_path, monkeypatch):
     four = extended(monkeypatch, base, tmp_path / "4", "--steps", 4, "--heads", 4)[0]
     model, meta = extended(monkeypatch, tmp_path / "4/ckpt.pt", tmp_path / "7",
                            "--steps", 3, "--heads", 7, "--beta", "1.5", "--lr", 0.01)
-    assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1, 2, 3] and meta["extension"]["from_heads"] == 4
+    assert meta["extension"]["copied_from"] == [0, 0, 1, 2, 1, 2, 3]
+    assert meta["extension"]["from_heads"] == 4 and meta["extension"]["first_steps"] == 60
     cfg = train.TrainConfig(**meta["train_config"])
     assert train.head_weights(cfg) == [[0] * 4 + [0.2] * 3, [0] * 4 + [1.5] * 3] and cfg.lr == 0.01
     assert moved(weights(loop_heads(four, 7)), weights(model)) == names(model, [4, 5, 6])
@@ -259,7 +281,8 @@ def assert_same_end(whole, cut):
     assert all(map(torch.equal, weights(whole[0]).values(), weights(cut[0]).values()))
     for name in ("step", "best_loss", "extension"):
         assert whole[1][name] == cut[1][name], name
-    assert {**whole[1]["train_config"], "out": ""} == {**cut[1]["train_config"], "out": ""}
+    same = {"out": "", "schedule_steps": 6}  # once resumed, the schedule's length is written out
+    assert {**whole[1]["train_config"], **same} == {**cut[1]["train_config"], **same}
 
 
 def test_resuming_an_extension_equals_not_stopping(base, tmp_path, monkeypatch):
@@ -269,21 +292,16 @@ def test_resuming_an_extension_equals_not_stopping(base, tmp_path, monkeypatch):
     rows = [row for row in log_rows(tmp_path / "cut") if "val" not in row]
     assert [row.get("start", row.get("step")) for row in rows] == [0, 1, 2, 3, 4, 5, 4, 5, 6]
     shown = []
-    monkeypatch.setattr(extend, "comparison", lambda before, after, m: shown.append((before["loss"], after["loss"])))
-    call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")              # nothing is left to do, and nothing happens ..
+
+    def comparison(before, after, *_):
+        shown.append((before["loss"], after["loss"]))
+    monkeypatch.setattr(extend, "comparison", comparison)
+    # nothing is left to do, and nothing happens ..
+    call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")
     (before, after), = shown
-    assert before[:3] == after[:3] and before[3:] != after[3:]           # .. but the trained heads are still shown as trained
+    # .. but the trained heads are still shown as trained
+    assert before[:3] == after[:3] and before[3:] != after[3:]
     assert_same_end(whole, common.load_checkpoint(tmp_path / "cut/ckpt.pt"))
-
-
-def test_extending_heads_that_were_trained_one_at_a_time(base):
-    """checkpoints of earlier versions: in the last stage only the last head had a weight"""
-    meta, model = common.load_checkpoint(base)[1], make_model(5)
-    meta["train_config"].update(n_mtp=4, alpha="0,0,0,0.2", beta="0,0,0,0.5")
-    for weights in ("0,0,0,0.2", "0,0,0.2,0"):  # .. which may never have come
-        meta["train_config"]["alpha"] = weights
-        cfg = extend.extension_config(meta, model, {"out": "x"}, 4)
-        assert train.head_weights(cfg) == [[0] * 4 + [0.2], [0] * 4 + [0.5]]
 
 
 def test_an_extension_is_resumed_where_it_lies(base, tmp_path, monkeypatch):
@@ -294,15 +312,16 @@ def test_an_extension_is_resumed_where_it_lies(base, tmp_path, monkeypatch):
         extended(patch, base, tmp_path / "b", "--steps", 4)
     (tmp_path / "b").rename(tmp_path / "c")
     extended(monkeypatch, base, tmp_path / "b", "--steps", 2)  # another run in its former place
-    before = (tmp_path / "b/ckpt.pt").read_bytes(), (tmp_path / "b/log.jsonl").read_bytes()
+    before = [(tmp_path / "b" / name).read_bytes() for name in ("ckpt.pt", "log.jsonl")]
     with pytest.raises(common.UserError, match="another checkpoint.*--out"):
         call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt", "--out", tmp_path / "b")
-    call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt", "--out", tmp_path / "d", "--device", "cpu")
+    call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt", "--out", tmp_path / "d",
+         "--device", "cpu")
     call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt")
     ends = [common.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("a", "c", "d")]
     for model, meta in ends[1:]:
         assert meta["step"] == 4 and not moved(weights(ends[0][0]), weights(model))
-    assert before == ((tmp_path / "b/ckpt.pt").read_bytes(), (tmp_path / "b/log.jsonl").read_bytes())
+    assert before == [(tmp_path / "b" / name).read_bytes() for name in ("ckpt.pt", "log.jsonl")]
     changed = tmp_path / "changed.txt"
     changed.write_text(TEXT[1:], encoding="utf-8")
     folder = P.prepare(changed, "bytes", tmp_path / "changed", quiet=True)
@@ -310,10 +329,6 @@ def test_an_extension_is_resumed_where_it_lies(base, tmp_path, monkeypatch):
     raw["train_config"]["data"] = str(folder)
     torch.save({**raw, "step": 2}, tmp_path / "c/ckpt.pt")
     with pytest.raises(common.UserError, match="another text"):
-        call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt")
-    raw["extension"]["stages"] = [[2], [3]]
-    torch.save(raw, tmp_path / "c/ckpt.pt")
-    with pytest.raises(common.UserError, match="one at a time"):
         call(monkeypatch, "--resume", tmp_path / "c/ckpt.pt")
 
 
@@ -323,44 +338,60 @@ def test_nothing_of_another_run_is_overwritten(base, tmp_path, monkeypatch, caps
     shutil.copy(source / "ckpt.pt", source / "best.pt")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     for steps in (0, 2):  # over its own source, by whatever name
-        for name, out in (("ckpt.pt", source), ("best.pt", source), ("ckpt.pt", source / ".." / "x")):
+        for name, out in (("ckpt.pt", source), ("best.pt", source),
+                          ("ckpt.pt", source / ".." / "x")):
             with pytest.raises(common.UserError, match="is the folder of .* itself"):
                 call(monkeypatch, source / name, "--out", out, "--steps", steps)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     for name, folder in (("ckpt.pt", "x-4"), ("best.pt", "x-best-4")):
         call(monkeypatch, source / name, "--steps", 0)
-        assert (tmp_path / folder / "ckpt.pt").exists() and not list((tmp_path / folder).glob("*.old*"))
+        assert (tmp_path / folder / "ckpt.pt").exists()
+        assert not list((tmp_path / folder).glob("*.old*"))
     for steps in (1, 0):
         capsys.readouterr()
         before = (tmp_path / "x-4/ckpt.pt").read_bytes()
         call(monkeypatch, source / "ckpt.pt", "--steps", steps)
-        assert (tmp_path / "x-4/ckpt.old.pt").read_bytes() == before  # the earlier extension is kept
+        # the earlier extension is kept
+        assert (tmp_path / "x-4/ckpt.old.pt").read_bytes() == before
         assert "kept as ckpt.old.pt" in capsys.readouterr().out
 
 
 # ---- the command
 
 
+def config_of(meta, given, m, n):
+    """the config of an extension from m heads to n"""
+    plan = {"from_heads": m, "first_steps": meta["train_config"]["steps"]}
+    return extend.extension_config(train.stored_config(meta), given, plan, n)
+
+
 def test_defaults_come_from_the_checkpoint(base, tmp_path, monkeypatch):
-    meta, model = common.load_checkpoint(base)[1], make_model(4)
-    meta["train_config"]["schedule_steps"] = 30  # of the training that is over
-    cfg = extend.extension_config(meta, model, {"out": "x"}, 2)
+    meta = common.load_checkpoint(base)[1]
+    old = meta["train_config"]
+    old["schedule_steps"] = 30  # of the training that is over
+    cfg = config_of(meta, {"out": "x"}, 2, 4)
     assert cfg.schedule_steps == 0
-    kept = ("data", "lr", "batch_size", "micro_batch", "eval_windows", "seed", "dtype", "block_size", "top_n")
-    assert {name: getattr(cfg, name) for name in kept} == {name: meta["train_config"][name] for name in kept}
-    assert cfg.steps == 12 and cfg.warmup == 1                           # a fifth, and a tenth of that
-    given = {"out": "x", "steps": 9, "batch_size": 4, "lr": 0.5, "seed": 7, "eval_windows": 2, "beta": "0"}
-    small = {**meta, "train_config": {**meta["train_config"], "micro_batch": 8}}
-    cfg = extend.extension_config(small, model, given, 2)
-    assert {**{name: getattr(cfg, name) for name in given}, "beta": "0"} == given
+    for name in ("data", "lr", "batch_size", "micro_batch", "eval_windows", "seed", "dtype",
+                 "block_size", "top_n"):
+        assert getattr(cfg, name) == old[name], name
+    assert cfg.steps == 12 and cfg.warmup == 1  # a fifth, and a tenth of that
+    given = {"out": "x", "steps": 9, "batch_size": 4, "lr": 0.5, "seed": 7, "eval_windows": 2}
+    old.update(micro_batch=8, device="cuda", fast="on", compile="model")
+    cfg = config_of(meta, {**given, "beta": "0"}, 2, 4)
+    assert {name: getattr(cfg, name) for name in given} == given
     assert cfg.micro_batch == 0 and train.head_weights(cfg) == [[0, 0, 0.2, 0.2], [0] * 4]
-    monkeypatch.chdir(base.parent)                                       # a bare file name has a folder too
+    assert (cfg.device, cfg.fast, cfg.compile) == ("auto", "auto", "auto")
+    assert config_of(meta, {"micro_batch": 4}, 2, 4).micro_batch == 4
+    monkeypatch.chdir(base.parent)  # a bare file name has a folder too
+    seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(extend, "save_checkpoint", lambda path, *args, **rest: seen.append(path))
-        seen = []
+        patch.setattr(train, "save_checkpoint", lambda path, *args, **rest: seen.append(path))
         call(patch, "ckpt.pt", "--heads", 3, "--steps", 0)
+        (base.parent / "deep").mkdir(exist_ok=True)
+        patch.chdir(base.parent / "deep")
+        call(patch, "../ckpt.pt", "--heads", 3, "--steps", 0)
         call(patch, base, "--heads", 3, "--steps", 0)
-    assert [path.resolve().parent.name for path in seen] == ["toy-3"] * 2 and seen[0].resolve() == seen[1]
+    assert [path.parent for path in seen] == [base.parent.resolve().with_name("toy-3")] * 3
 
 
 def test_help_tells_every_flag(monkeypatch, capsys):
@@ -368,13 +399,16 @@ def test_help_tells_every_flag(monkeypatch, capsys):
         call(monkeypatch, "-h")
     text = "".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for f in dataclasses.fields(extend.ExtendConfig):
-        assert "".join(f"{f.metadata['help']} (default {f.default!r})".split()) in text, f.name
-        assert f"--{f.name}" in text
+    helps = {f.name: f.metadata["help"] for f in dataclasses.fields(train.TrainConfig)}
+    for name in extend.FLAGS:
+        assert f"--{name}" in text and "".join(helps[name].split()) in text, name
+    assert "default" not in "".join(helps[name] for name in extend.FLAGS if name != "out")
+    assert "--heads" in text and "twiceasmany" in text
 
 
 def test_bad_requests(base, tmp_path, monkeypatch):
-    for m, n, message in [(4, 4, "4 already"), (4, 3, "more than 4"), (0, 8, "no MTP heads"), (4, 20, "block_size")]:
+    for m, n, message in [(4, 4, "4 already"), (4, 3, "more than 4"), (0, 8, "no MTP heads"),
+                          (4, 20, "block_size")]:
         with pytest.raises(ValueError, match=message):
             loop_heads(make_model(m), n)
     plain = tmp_path / "plain.pt"
@@ -384,33 +418,43 @@ def test_bad_requests(base, tmp_path, monkeypatch):
     other = P.prepare(tmp_path / "other.txt", "bpe:260", tmp_path / "other", quiet=True)
     extended(monkeypatch, base, tmp_path / "ok", "--steps", 0)
     listing = sorted(tmp_path.iterdir())
-    for argv, message in [([base, "--heads", 2], "heads is 2.*more than 2"), ([base, "--heads", 1], "heads is 1"),
-                          ([base, "--heads", 24], "block_size"), ([plain], "no MTP heads"),
-                          ([tmp_path / "none.pt"], "no checkpoint at"), ([tmp_path / "text.pt"], "can't be read"),
-                          ([], "give one checkpoint"), ([base, "--resume", base], "give one checkpoint"),
-                          (["--resume", base], "was not written by extend.py: resume it with `python train.py"), ([base, "--compile", "yes"], "--compile"),
-                          (["--resume", tmp_path / "ok/ckpt.pt", "--steps", 3], "leave out --steps"),
-                          ([base, "--beta", "x"], "--beta is 'x'"), ([base, "--lr", "nan"], "--lr is nan"), ([base, "--seed", -1], "--seed"),
-                          ([base, "--steps", 0, "--lr", 1, "--seed", 2], "--lr, --seed has no effect with --steps 0"),
-                          ([base, "--heads", -1], "--heads is -1"), ([base, "--steps", -2], "--steps is -2"),
-                          (["--resume", ""], "no checkpoint"), ([""], "no checkpoint"), ([base, "--data", other], "another tokenizer")]:
+    none, text, done = tmp_path / "none.pt", tmp_path / "text.pt", tmp_path / "ok/ckpt.pt"
+    for argv, message in [
+        ([base, "--heads", 2], "heads is 2.*more than 2"), ([base, "--heads", 1], "heads is 1"),
+        ([base, "--heads", 24], "block_size"), ([plain], "no MTP heads"),
+        ([none], "no checkpoint at"), ([text], "can't be loaded"), ([""], "no checkpoint"),
+        (["--resume", base], "was written by train.py: resume it with `python train.py --resume"),
+        (["--resume", ""], "no checkpoint"), ([base, "--compile", "yes"], "--compile"),
+        (["--resume", done, "--steps", 3], "leave out --steps"),
+        (["--resume", done, "--heads", 9, "--lr", 1], "leave out --lr, --heads"),
+        (["--resume", done], "no optimizer state"),
+        ([base, "--beta", "x"], "--beta is 'x'"), ([base, "--lr", "nan"], "--lr is nan"),
+        ([base, "--seed", -1], "--seed"), ([base, "--batch_size", 0], "--batch_size is 0"),
+        ([base, "--steps", 0, "--lr", 1, "--seed", 2], "--lr, --seed has no effect with --steps 0"),
+        ([base, "--heads", -1], "heads is -1"), ([base, "--steps", -2], "--steps is -2"),
+        ([base, "--data", other], "another tokenizer"),
+    ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             call(monkeypatch, *argv)
     assert sorted(tmp_path.iterdir()) == listing and not base.parent.with_name("toy-4").exists()
     monkeypatch.setattr(sys, "argv", ["extend.py", str(base), "--heads", "2"])
     with pytest.raises(SystemExit, match="^extend.py: heads is 2"):
         runpy.run_path(str(REPO / "extend.py"), run_name="__main__")
-    with monkeypatch.context() as patch, pytest.raises(common.UserError, match="runs in one process"):
+    for argv in ([], [base, "--resume", base], [base, "--n_layer", 3]):  # argparse says what
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *argv)
+    with (monkeypatch.context() as patch,
+          pytest.raises(common.UserError, match="runs in one process")):
         patch.setenv("RANK", "1")
         patch.setenv("WORLD_SIZE", "2")
         call(patch, base)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path / "ok/ckpt.pt"), "--steps", "9"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(done), "--steps", "9"])
     with pytest.raises(ValueError, match="extend.py --resume"):
         train.main()
 
 
 def test_an_extension_keeps_no_best(base):
-    """the main head is frozen, and its loss, the same at every evaluation, would call the first one the best"""
-    model, meta = common.load_checkpoint(base)
+    """the main head is frozen: its loss, the same at every evaluation, says nothing"""
+    meta = common.load_checkpoint(base)[1]
     meta["train_config"]["keep_best"] = True
-    assert not extend.extension_config(meta, loop_heads(model, 3), {}, 2).keep_best
+    assert not config_of(meta, {}, 2, 3).keep_best
