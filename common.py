@@ -117,10 +117,16 @@ def autocast(device, dtype):
 def git_commit():
     command = ["git", "rev-parse", "HEAD"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git
         return None
-    return run.stdout.strip() or None
+    return done.stdout.strip() or None
+
+
+def one_line(error):
+    """an exception's type and message as one short line"""
+    text = f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]
 
 
 def one_line(error):

@@ -45,11 +45,9 @@ def loop_heads(model, n_mtp):
                         f"fewer than its block_size, {T}")
     config = dataclasses.replace(model.config, n_mtp=n_mtp)
     new = GPT(config).to(model.weight.device, model.weight.dtype)
-    state = model.state_dict()
+    new.load_state_dict(model.state_dict(), strict=False)      # all but heads m+1 ..
     for k in range(m, n_mtp):
-        for name, weight in model.heads[k % m].state_dict().items():
-            state[f"heads.{k}.{name}"] = weight
-    new.load_state_dict(state)
+        new.heads[k].load_state_dict(model.heads[k % m].state_dict())
     return new.train(model.training)
 
 

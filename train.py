@@ -318,7 +318,7 @@ def pick_loss(cfg, device, dtype):
             return loss.loss_and_grad, "fused (fast/loss.py)"
         if cfg.fast == "on":
             raise UserError(f"--fast on can't run here: {why}; use --fast auto or off")
-    if pick_compile(cfg, device) == "off":
+    if not compiles(cfg, device):
         return distill.loss_and_grad, f"plain (distill.py; {why})"
     compiled = torch.compile(distill.mtp_d_loss, dynamic=False)
     return partial(distill.loss_and_grad, loss=compiled), f"plain, compiled (distill.py; {why})"
@@ -414,15 +414,17 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
 
     # optimizer, compiled model, processes
     optimizer = make_optimizer(model, cfg, state.get("optimizer"))
-    trial = get_batch(train_ids, [0] * micro_batch, cfg.block_size, device)
-    grad_function, why = compile_model(model, cfg, trial, dtype)
+    if start < cfg.steps:
+        trial = get_batch(train_ids, [0] * micro_batch, cfg.block_size, device)
+        grad_function, why = compile_model(model, cfg, trial, dtype)
+        if rank == 0:
+            print(f"loss: {why}")
     net = model
     if world > 1:
         alpha, beta = head_weights(cfg)
         net = DistributedDataParallel(model, find_unused_parameters=0.0 in alpha + beta)
     result = None
     if rank == 0:
-        print(f"loss: {why}")
         if start == 0:
             keep_old(cfg.out)
         start_log(cfg, model, meta, start)
@@ -436,7 +438,7 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
     pending = []
     clock = time.perf_counter()
     for step in bar:
-        # dropout depends on seed and step alone, like the batches (and on the process)
+        # dropout is a function of seed, step and process, as the batches are
         torch.manual_seed(hash((cfg.seed, step, rank)))
         starts = batch_starts(cfg, step, len(train_ids))[rank::world]
         parts = get_batch(train_ids, starts, cfg.block_size, device).split(micro_batch)
@@ -483,11 +485,10 @@ def evaluate_and_save(model, cfg, val_ids, dtype, state):
     with the evaluation of its checkpoint. -> the evaluation"""
     out = Path(cfg.out)
     step = state["step"]
-    total = sum(float(p.detach().sum()) for p in model.parameters())       # finite if all weights are
-    check_finite(cfg, "sum of all weights", total, step)
+    total = sum(float(p.detach().sum()) for p in model.parameters())
+    check_finite(cfg, "sum of all weights", total, step)       # as it is if one of them is nan
     save_checkpoint(out / "ckpt.pt", model, **state)
-    with torch.compiler.set_stance("force_eager"):     # a few windows are not worth a compilation
-        result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
+    result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
     append_row(out, step=step, val=result)
     loss = result["loss"][0]
     best = out / "best.pt"

@@ -170,10 +170,11 @@ def test_two_processes_may_write_one_checkpoint(saved, monkeypatch):
     save = torch.save
 
     def interrupted(content, path):
-        monkeypatch.setattr(torch, "save", save)
-        monkeypatch.setattr(os, "getpid", lambda: 12345)     # meanwhile the other one
-        common.save_checkpoint(saved, model, step=5)
         save(content, path)
+        monkeypatch.setattr(torch, "save", save)
+        with monkeypatch.context() as patch:  # the other one writes, before this one renames
+            patch.setattr(os, "getpid", lambda: 12345)
+            common.save_checkpoint(saved, model, step=5)
     monkeypatch.setattr(torch, "save", interrupted)
     common.save_checkpoint(saved, model, step=4)
     assert common.load_checkpoint(saved)[1]["step"] == 4

@@ -31,7 +31,7 @@ TOY = dict(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """three prepared texts; all windows of `same` are the same"""
+    """three datasets; all windows of `same` are the same"""
     folder = tmp_path_factory.mktemp("flags")
     texts = {"text": TEXT, "other": TEXT.replace("cat", "dog"), "same": "a" * 3000}
     for name, text in texts.items():
@@ -78,14 +78,14 @@ class Run:
         self.losses = [round(row["loss"], 9) for row in self.rows]
         self.val = [row["val"] for row in rows if "val" in row]
 
-    def gap(self, other):
+    def difference(self, other):
         """the largest difference between weights of one name; inf where shapes or names differ"""
         mine, theirs = [{name: w.shape for name, w in run.weights.items()} for run in (self, other)]
         if mine != theirs:
             return float("inf")
-        gaps = [(w.double() - other.weights[name].double()).abs().max()
-                for name, w in self.weights.items()]
-        return float(max(gaps))
+        differences = [(w.double() - other.weights[name].double()).abs().max()
+                       for name, w in self.weights.items()]
+        return float(max(differences))
 
 
 def trained(folder, out, **changes):
@@ -121,7 +121,7 @@ def test_a_flag_of_training_changes_the_weights(folder, base, tmp_path, name):
     if name == "tokenizer":
         changes["data"] = folder / "text.txt"
     run = trained(folder, tmp_path, **changes)
-    assert run.gap(base) > 1e-7
+    assert run.difference(base) > 1e-7
     stored = run.meta["train_config"][name]
     assert stored == type(stored)(changes[name])
     if name in run.header["model"]:
@@ -136,7 +136,7 @@ def test_a_flag_of_the_rest_keeps_them(folder, base, tmp_path, name):
     if name != "out":
         changes[name] = KEEPS_WEIGHTS[name]
     run = trained(folder, **changes)
-    assert run.gap(base) < 1e-9
+    assert run.difference(base) < 1e-9
     assert len(run.val) == (4 if name == "eval_every" else 1)
     assert len(run.rows) == (2 if name == "log_every" else 4)
     assert (tmp_path / "best.pt").exists() == (name == "keep_best")
@@ -153,14 +153,14 @@ def test_the_first_step_has_the_schedules_learning_rate(folder, tmp_path):
     plain = dict(steps=1, warmup=5, clip=0, weight_decay=0)
     run = trained(folder, tmp_path / "run", **plain)
     start = trained(folder, tmp_path / "start", **{**plain, "lr": 1e-15})
-    assert run.gap(start) == pytest.approx(TOY["lr"] / 5, rel=1e-3)
+    assert run.difference(start) == pytest.approx(TOY["lr"] / 5, rel=1e-3)
     assert run.rows[0]["lr"] == pytest.approx(TOY["lr"] / 5)
 
 
 def test_clip_is_a_bound_and_0_is_none(folder, base, tmp_path):
     loose = trained(folder, tmp_path / "loose", clip=1e9)
     none = trained(folder, tmp_path / "none", clip=0)
-    assert loose.gap(none) < 1e-9 and none.gap(base) > 1e-7
+    assert loose.difference(none) < 1e-9 and none.difference(base) > 1e-7
 
 
 def test_micro_batch_and_block_size_are_the_shape_of_a_forward(folder, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_micro_batch_and_block_size_are_the_shape_of_a_forward(folder, tmp_path,
 def test_the_seed_reaches_the_initial_weights(folder, tmp_path):
     one, again, two = [trained(folder, tmp_path / name, steps=1, lr=1e-15, seed=seed)
                        for name, seed in (("one", 1), ("again", 1), ("two", 2))]
-    assert one.gap(again) == 0 and one.gap(two) > 1e-3
+    assert one.difference(again) == 0 and one.difference(two) > 1e-3
 
 
 def test_the_seed_and_the_step_reach_the_dropout(folder, tmp_path):
@@ -296,13 +296,13 @@ def extended(path, out, **changes):
 @pytest.mark.parametrize("name", sorted(CHANGES_EXTENSION))
 def test_a_flag_of_extend_changes_the_weights(folder, extension, tmp_path, name):
     value = folder / "other" if name == "data" else CHANGES_EXTENSION[name]
-    assert extended(folder / "base/ckpt.pt", tmp_path, **{name: value}).gap(extension) > 1e-7
+    assert extended(folder / "base/ckpt.pt", tmp_path, **{name: value}).difference(extension) > 1e-7
 
 
 @pytest.mark.parametrize("name", KEEPS_EXTENSION)
 def test_a_flag_of_the_rest_of_extend_keeps_them(folder, extension, tmp_path, name):
     run = extended(folder / "base/ckpt.pt", tmp_path, **{name: KEEPS_EXTENSION[name]})
-    assert run.gap(extension) < 1e-9
+    assert run.difference(extension) < 1e-9
     assert run.meta["train_config"][name] == KEEPS_EXTENSION[name]
     assert len(run.val) == (2 if name == "eval_every" else 1)
     difference = abs(run.val[-1]["loss"][0] - extension.val[-1]["loss"][0])
