@@ -67,7 +67,8 @@ class GPTConfig:
 
 
 class Positions(NamedTuple):
-    """where the T new tokens of a step with a cache stand, for each of B sequences"""
+    """where the T new tokens of a step with a cache stand, for each of B sequences. Without a cache
+    only the angles matter, those of positions 0 .. T-1"""
 
     row: torch.Tensor   # (B, 1) number of the sequence, to index the cache together with pos
     pos: torch.Tensor   # (B, T) position of each token, which is also its slot in the cache
@@ -75,11 +76,13 @@ class Positions(NamedTuple):
     rope: torch.Tensor  # (2, B, 1, T, hd) cos and sin of the position
 
 
-def rope_table(length, head_dim, dtype, device):
+def rope_table(length, head_dim, like):
     """cos and sin of the rotary angles, (2, length, hd); the two halves of hd are identical.
     Source: RoFormer, arXiv 2104.09864, section 3.2."""
-    exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
-    position = torch.arange(length, dtype=dtype, device=device)
+    # bf16 with its 8 bits could not tell position 256 from 257
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=like.device) / head_dim
+    position = torch.arange(length, dtype=dtype, device=like.device)
     angle = torch.outer(position, 10000.0**-exponent)  # (length, hd/2)
     angle = angle.repeat(1, 2)                         # (length, hd)
     return torch.stack((angle.cos(), angle.sin()))
@@ -118,22 +121,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None, positions=None):
+    def forward(self, x, positions, cache=None):
         B, T, d = x.shape
         qkv = self.qkv(x)                                           # (B, T, 3 d)
         qkv = qkv.view(B, T, 3, self.n_head, d // self.n_head)      # (B, T, 3, H, hd)
         qkv = qkv.permute(2, 0, 3, 1, 4)                            # (3, B, H, T, hd)
-        q, k = rotate(qkv[:2], rope)                                # (B, H, T, hd) each
+        q, k = rotate(qkv[:2], positions.rope)                      # (B, H, T, hd) each
         v = qkv[2]
         if cache is None:
             p = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
         else:
-            y = self.attend_to_cache(q, k, v, cache, positions)
+            y = self.attend_to_cache(q, k, v, positions, cache)
         y = y.transpose(1, 2).reshape(B, T, d)                      # (B, T, d)
         return self.proj(y)
 
-    def attend_to_cache(self, q, k, v, cache, positions):
+    def attend_to_cache(self, q, k, v, positions, cache):
         # slot s holds position s. Write the T new rows into their slots, over whatever a rejected
         # draft left there. The mask lets the query at position p see slots 0..p, so that stale
         # slots past p are never seen. (is_causal=True would be wrong: fewer queries than keys.)
@@ -158,8 +161,8 @@ class Block(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache=None, positions=None):
-        x = x + self.drop(self.attn(self.norm1(x), rope, cache, positions))
+    def forward(self, x, positions, cache=None):
+        x = x + self.drop(self.attn(self.norm1(x), positions, cache))
         y = F.relu(self.fc(self.norm2(x))).square()                 # (B, T, 4 d)
         return x + self.drop(self.proj(y))
 
@@ -176,11 +179,11 @@ class MTPHead(nn.Module):
         self.block = Block(config)
         self.norm_out = RMSNorm(config.n_embd)
 
-    def forward(self, hidden, embed, rope, cache=None, positions=None):
+    def forward(self, hidden, embed, positions, cache=None):
         hidden = self.norm_hidden(hidden)
         embed = self.norm_embed(embed)
         x = self.mix(torch.cat((hidden, embed), dim=-1))            # [h ; emb], not [emb ; h]
-        return self.block(x, rope, cache, positions)
+        return self.block(x, positions, cache)
 
 
 # -----------------------------------------------------------------------------
@@ -197,17 +200,14 @@ class Cache:
     hidden  one (B, S, d) tensor per MTP head: h^{k-1}, which head k reads
     """
 
-    def __init__(self, config, batch, slots, device=None, dtype=None, heads=None):
-        heads = config.n_mtp if heads is None else heads
-        kv_shape = (2, batch, config.n_head, slots, config.n_embd // config.n_head)
-
-        def zeros(*shape):
-            return torch.zeros(shape, device=device, dtype=dtype)
-
-        self.kv = [zeros(*kv_shape).unbind(0) for _ in range(config.n_layer + heads)]
+    def __init__(self, model, batch, slots, heads):
+        config = model.config
+        zeros = model.weight.new_zeros
+        shape = (2, batch, config.n_head, slots, config.n_embd // config.n_head)
+        self.kv = [zeros(shape).unbind(0) for _ in range(config.n_layer + heads)]
         self.hidden = [zeros(batch, slots, config.n_embd) for _ in range(heads)]
-        self.row = torch.arange(batch, device=device)[:, None]
-        self.slot = torch.arange(slots, device=device)
+        self.row = torch.arange(batch, device=model.weight.device)[:, None]
+        self.slot = torch.arange(slots, device=model.weight.device)
 
 
 class GPT(nn.Module):
@@ -239,16 +239,12 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=std)
 
     def _set_rope(self):
-        config = self.config
-        weight = self.embed.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         # n_mtp + 1 positions past block_size: a draft may overshoot the end before it is cut
-        length = config.block_size + config.n_mtp + 1
-        self.rope = rope_table(length, config.n_embd // config.n_head, dtype, weight.device)
+        length = self.config.block_size + self.config.n_mtp + 1
+        self.rope = rope_table(length, self.config.n_embd // self.config.n_head, self.weight)
 
     def _apply(self, fn, recurse=True):
-        # .to(), .cuda(), .double(), .. come through here. The angles follow the device, and never
-        # drop to bf16, whose 8 bits can't tell position 256 from 257
+        # .to(), .cuda(), .double(), .. come through here: the angles follow the device
         super()._apply(fn, recurse)
         self._set_rope()
         return self
@@ -261,15 +257,14 @@ class GPT(nn.Module):
     # ---- the whole sequence at once: training, evaluation, and the reference for decoding
 
     def angles(self, T):
-        """cos and sin of positions 0..T-1: (2, 1, 1, T, hd)"""
-        return self.rope[:, None, None, :T]
+        """Positions 0..T-1 of every sequence, for a step without a cache"""
+        return Positions(None, None, None, self.rope[:, None, None, :T])
 
-    def trunk(self, embed, cache=None, positions=None):
+    def trunk(self, embed, positions, cache=None):
         """embeddings (B, T, d) -> h^0 (B, T, d), before the output norm"""
         x = self.drop(embed)
-        rope = self.angles(embed.size(1)) if positions is None else positions.rope
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, cache and cache.kv[i], positions)
+            x = block(x, positions, cache and cache.kv[i])
         return x
 
     def cascade(self, h0, embed):
@@ -278,11 +273,8 @@ class GPT(nn.Module):
         Entry k is (B, T-k, d): row i of head k stands at position i and reads Emb(t_{i+k})."""
         states = [h0]
         for k, head in enumerate(self.heads, 1):
-            T = h0.size(1) - k
-            if T > 0:
-                states.append(head(states[-1][:, :T], embed[:, k:], self.angles(T)))
-            else:
-                states.append(h0[:, :0])
+            T = max(0, h0.size(1) - k)
+            states.append(head(states[-1][:, :T], embed[:, k:], self.angles(T)))
         return states
 
     def normed(self, k, hidden):
@@ -298,7 +290,7 @@ class GPT(nn.Module):
         if not 0 < T <= self.config.block_size:
             raise ValueError(f"got {T} tokens; block_size allows 1 to {self.config.block_size}")
         embed = self.embed(tokens)
-        h0 = self.trunk(embed)
+        h0 = self.trunk(embed, self.angles(T))
         return [self.normed(k, hidden) for k, hidden in enumerate(self.cascade(h0, embed))]
 
     def all_logits(self, tokens):
@@ -310,14 +302,14 @@ class GPT(nn.Module):
 
     def positions(self, cache, pos):
         """pos (B, T) -> Positions"""
-        hidden_slots = cache.slot > pos[:, None, :, None]                       # (B, 1, T, S)
-        zero = torch.zeros((), dtype=self.weight.dtype, device=pos.device)
-        mask = zero.masked_fill(hidden_slots, -torch.inf)
+        unseen = cache.slot > pos[:, None, :, None]                             # (B, 1, T, S)
+        mask = torch.zeros_like(unseen, dtype=self.weight.dtype)
+        mask.masked_fill_(unseen, -torch.inf)
         return Positions(cache.row, pos, mask, self.rope[:, pos].unsqueeze(2))
 
     def trunk_step(self, tokens, cache, positions):
         """run the trunk on tokens (B, T) at these Positions, write the cache -> h^0 (B, T, d)"""
-        hidden = self.trunk(self.embed(tokens), cache, positions)
+        hidden = self.trunk(self.embed(tokens), positions, cache)
         if cache.hidden:
             cache.hidden[0][positions.row, positions.pos] = hidden
         return hidden
@@ -326,10 +318,10 @@ class GPT(nn.Module):
         """run head k (1..K) at these Positions, write the cache -> h^k (B, T, d)
 
         It reads the cached h^{k-1} of these positions, and tokens (B, T), which are t_{pos+k}."""
-        row, pos, _, rope = positions
+        row, pos, _, _ = positions
         hidden = cache.hidden[k - 1][row, pos]
         kv = cache.kv[self.config.n_layer + k - 1]
-        hidden = self.heads[k - 1](hidden, self.embed(tokens), rope, kv, positions)
+        hidden = self.heads[k - 1](hidden, self.embed(tokens), positions, kv)
         if k < len(cache.hidden):
             cache.hidden[k][row, pos] = hidden
         return hidden
@@ -340,25 +332,16 @@ class GPT(nn.Module):
 
     def count_parameters(self):
         """parameters by part; the embedding is counted once, for it is tied to the output head"""
-
-        def count(*modules):
-            return sum(p.numel() for module in modules for p in module.parameters())
-
-        embedding = count(self.embed)
-        trunk = count(self.blocks, self.norm)
-        heads = count(self.heads)
-        total = embedding + trunk + heads
-        return {"embedding": embedding, "trunk": trunk, "heads": heads, "total": total}
-
-
-def main():
-    model = GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32, n_mtp=4))
-    print("parameters:", model.count_parameters())
-    tokens = torch.randint(257, (1, 16))
-    for k, logits in enumerate(model.all_logits(tokens)):
-        name = f"head {k}" if k else "main head"
-        print(f"{name:10s} logits {tuple(logits.shape)}: row i predicts token i+{k + 1}")
+        trunk = nn.ModuleList([self.blocks, self.norm])
+        parts = dict(embedding=self.embed, trunk=trunk, heads=self.heads, total=self)
+        counts = {}
+        for name, part in parts.items():
+            counts[name] = sum(p.numel() for p in part.parameters())
+        return counts
 
 
 if __name__ == "__main__":
-    main()
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32))
+    print("parameters:", model.count_parameters())
+    for k, logits in enumerate(model.all_logits(torch.zeros(1, 16, dtype=torch.long))):
+        print(f"head {k}: logits {tuple(logits.shape)}, row i predicts token i+{k + 1}")

@@ -151,8 +151,7 @@ def make_decoder(model, prompts, cfg, heads, batch=1, temperature=0.0, generator
     accept = getattr(cfg, "accept", "residual")
     options = [temperature, top_k, accept]
     draft_vocab = cfg.draft_vocab or None
-    decode.check_request(model, prompts, cfg.tokens, heads, *options, draft_vocab)
-    length = min(model.config.block_size, max(map(len, prompts)) + cfg.tokens)
+    length = decode.context_length(model, prompts, cfg.tokens)
     return decode.make_decoder(
         model, batch, length, heads, *options, None, generator, draft_vocab, fast=cfg.fast
     )
@@ -428,13 +427,11 @@ def draft_function(decoder):
     """-> a function that drafts, as in a round of this decoder: on the fast path, a graph"""
     if decoder.heads == 0:
         return lambda: None
-    V = len(decoder.model.weight)
-    noise = decode.split_noise(decoder.noise, decoder.rule, decoder.heads, V)
     if type(decoder) is decode.Decoder or not decoder.n.is_cuda:
-        return torch.no_grad()(lambda: decoder.draft(noise))
+        return torch.no_grad()(decoder.draft)
     from fast.decode import capture
 
-    return capture(lambda: decoder.draft(noise))
+    return capture(decoder.draft)
 
 
 COLUMNS = [                                               # title, key, how it is printed

@@ -48,8 +48,8 @@ def test_text_and_statistics(toys, monkeypatch, capsys, more):
         assert result["forwards"] == 19
     if "--trace" in more:  # a line for the prefill and one per round: the tokens emitted
         lines = [line for line in out.splitlines() if "|main" in line or "|1" in line]
-        words = [word for line in lines for word in line.split("  ") if "|" in word]
-        emitted = [word for word in words if not word.endswith("|rejected")]
+        parts = [part for line in lines for part in line.split("  ") if "|" in part]
+        emitted = [part for part in parts if not part.endswith("|rejected")]
         assert len(emitted) == 20 and len(lines) == result["forwards"] + 1
 
 
@@ -72,7 +72,7 @@ def test_more_tokens_than_the_context_takes(toys, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv,message", [
-    (["two.pt", "--prompt", ""], "--prompt is empty"),
+    (["two.pt", "--prompt", ""], "prompt is empty"),
     (["two.pt", "--heads", 3], "has 2 MTP heads"),
     (["two.pt", "--temperature", -1], "--temperature is -1"),
     (["two.pt", "--top_k", -2], "--top_k is -2"),

@@ -131,7 +131,7 @@ def test_heads_are_copied_and_not_shared(m, n):
 def cascade_by_hand(model, n, tokens):
     """the trained heads applied round and round, each to what the one before it left"""
     embed, W = model.embed(tokens), model.embed.weight
-    hidden = model.trunk(embed)
+    hidden = model.trunk(embed, model.angles(embed.size(1)))
     out = [F.linear(model.norm(hidden), W)]
     for k in range(1, n + 1):
         head, T = model.heads[(k - 1) % len(model.heads)], tokens.size(1) - k

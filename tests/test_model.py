@@ -1,4 +1,5 @@
-"""model.py: against a reference written with loops, who sees what, the cache, the wiring of the heads, bad input."""
+"""model.py: against a reference written with loops, who sees what, the cache, the wiring of the
+heads, bad input."""
 import math
 
 import pytest
@@ -11,7 +12,8 @@ SHAPE = {"vocab_size": 13, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd"
 
 
 def make_model(n_mtp=3, seed=1, **changes):
-    """a toy in eval mode, all weights random and large: with fresh norms (all ones) none could be told from another"""
+    """a toy in eval mode, all weights random and large: with fresh norms (all ones) none could
+    be told from another"""
     model = GPT(GPTConfig(**{**SHAPE, "n_mtp": n_mtp, **changes}))
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -20,7 +22,7 @@ def make_model(n_mtp=3, seed=1, **changes):
     return model.eval()
 
 
-def draw(*shape, seed=2):
+def random_tokens(*shape, seed=2):
     return torch.randint(SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -28,7 +30,8 @@ def close(got, want, atol, what):
     torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
-# ---- the reference: the formulas of model.py's docstring, one position and one attention head at a time, from the named weights
+# ---- the reference: the formulas of model.py's docstring, one position and one attention head at a
+# time, from the named weights
 
 
 def ref_norm(x, gain):
@@ -55,7 +58,8 @@ def ref_block(w, at, xs):
         for head in range(SHAPE["n_head"]):
             part = slice(head * size, (head + 1) * size)
             q = ref_turn(qkv[i][:d][part], i)
-            scores = [float(q @ ref_turn(qkv[j][d : 2 * d][part], j)) / math.sqrt(size) for j in range(i + 1)]
+            keys = [ref_turn(qkv[j][d : 2 * d][part], j) for j in range(i + 1)]
+            scores = [float(q @ k) / math.sqrt(size) for k in keys]
             total = sum(math.exp(s) for s in scores)
             for j, score in enumerate(scores):
                 seen[part] += math.exp(score) / total * qkv[j][2 * d :][part]
@@ -88,7 +92,7 @@ def ref_logits(model, tokens):
 
 @pytest.mark.parametrize("K", [0, 1, 3])
 def test_all_logits_equal_the_loop_reference(K):
-    model, tokens = make_model(K), draw(2, 7)
+    model, tokens = make_model(K), random_tokens(2, 7)
     got = model.all_logits(tokens)
     assert [tuple(x.shape) for x in got] == [(2, 7 - k, 13) for k in range(K + 1)]
     for b in range(2):
@@ -100,7 +104,8 @@ def test_all_logits_equal_the_loop_reference(K):
 
 
 def test_a_row_sees_exactly_the_tokens_before_its_target():
-    # row i of entry k predicts t_{i+k+1}: its gradient reaches the embedding of t_j if and only if j <= i+k
+    # row i of entry k predicts t_{i+k+1}: its gradient reaches the embedding of t_j if and only if
+    # j <= i+k
     model, T, leaf = make_model(3), 7, []
 
     def cut(module, args, out):  # stands for the embeddings of the T tokens, each on its own
@@ -108,15 +113,16 @@ def test_a_row_sees_exactly_the_tokens_before_its_target():
         return leaf[0]
 
     model.embed.register_forward_hook(cut)
-    for k, logits in enumerate(model.all_logits(draw(1, T))):
+    for k, logits in enumerate(model.all_logits(random_tokens(1, T))):
         for i in range(T - k):
             grad = torch.autograd.grad(logits[0, i].square().sum(), leaf[0], retain_graph=True)[0]
             reached = [j for j in range(T) if grad[0, j].abs().max() > 1e-9]
-            assert reached == list(range(i + k + 1)) and not grad[0, i + k + 1 :].any(), f"entry {k} row {i}"
+            assert reached == list(range(i + k + 1)), f"entry {k} row {i}"
+            assert not grad[0, i + k + 1 :].any(), f"entry {k} row {i}"
 
 
 def test_changing_a_token_changes_nothing_before_it():
-    model, tokens, T = make_model(3), draw(2, 8), 8
+    model, tokens, T = make_model(3), random_tokens(2, 8), 8
     before = model.all_logits(tokens)
     for j in range(T):
         other = tokens.clone()
@@ -125,15 +131,17 @@ def test_changing_a_token_changes_nothing_before_it():
             first = max(0, j - k)  # the first row with i + k >= j
             close(a[:, :first], b[:, :first], 1e-12, f"token {j}, entry {k}")
             if first < T - k:
-                assert (a[:, first] - b[:, first]).abs().amax(-1).min() > 1e-6, f"token {j} should reach entry {k}"
+                difference = (a[:, first] - b[:, first]).abs().amax(-1)
+                assert difference.min() > 1e-6, f"token {j} should reach entry {k}"
 
 
 # ---- the cache
 
 
-def caches(model, batch, slots, **more):
-    """filled with huge numbers: a stale slot that is seen, however faintly, shows (not NaN: 0 * NaN is NaN)"""
-    cache = Cache(model.config, batch, slots, dtype=torch.float64, **more)
+def caches(model, batch, slots, heads):
+    """filled with huge numbers: a stale slot that is seen, however faintly, shows (not NaN: 0 *
+    NaN is NaN)"""
+    cache = Cache(model, batch, slots, heads)
     for tensor in [t for pair in cache.kv for t in pair] + cache.hidden:
         tensor.fill_(1e6)
     return cache
@@ -142,23 +150,29 @@ def caches(model, batch, slots, **more):
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(4))
 def test_cached_steps_with_rollbacks_equal_the_full_forward(seed):
-    # rows of the batch stand at different positions, wrong tokens are fed and taken back, in chunks of any size
+    # rows of the batch stand at different positions, wrong tokens are fed and taken back, in chunks
+    # of any size
     K, B, T = 3, 3, 14
-    model, tokens = make_model(K, block_size=T + K), draw(B, T + K, seed=seed)  # T + K: each head has its last token
-    wrong = (tokens + 1 + draw(B, T + K, seed=99) % 12) % 13                    # differs everywhere
+    # T + K: each head has its last token
+    model, tokens = make_model(K, block_size=T + K), random_tokens(B, T + K, seed=seed)
+    # differs everywhere
+    wrong = (tokens + 1 + random_tokens(B, T + K, seed=99) % 12) % 13
     want = model.all_logits(tokens)
-    cache, gen = caches(model, B, T + K), torch.Generator().manual_seed(seed)
+    cache, gen = caches(model, B, T + K, K), torch.Generator().manual_seed(seed)
     done, checked = torch.zeros(B, dtype=torch.long), torch.zeros(B, T, dtype=torch.bool)
     row = torch.arange(B)[:, None]
 
     def feed(text, pos):
         at = model.positions(cache, pos)
         out = [model.logits(0, model.trunk_step(text[row, pos], cache, at))]
-        return out + [model.logits(k, model.head_step(k, text[row, pos + k], cache, at)) for k in range(1, K + 1)]
+        for k in range(1, K + 1):
+            out.append(model.logits(k, model.head_step(k, text[row, pos + k], cache, at)))
+        return out
 
     for _ in range(60):
         size = int(torch.randint(1, 6, (), generator=gen))
-        start = (done - torch.randint(0, 3, (B,), generator=gen)).clamp(0, T - size)  # up to two positions back
+        # up to two positions back
+        start = (done - torch.randint(0, 3, (B,), generator=gen)).clamp(0, T - size)
         pos = start[:, None] + torch.arange(size)
         if torch.rand((), generator=gen) < 0.5:
             feed(wrong, pos)
@@ -172,28 +186,33 @@ def test_cached_steps_with_rollbacks_equal_the_full_forward(seed):
 
 @torch.no_grad()
 def test_a_position_twice_in_one_step_is_written_once_more_the_same():
-    # a draft past the end is clamped to the last slot (decode.py): the same position, token and hidden state repeat
-    model, tokens = make_model(1), draw(1, 8)
+    # a draft past the end is clamped to the last slot (decode.py): the same position, token and
+    # hidden state repeat
+    model, tokens = make_model(1), random_tokens(1, 8)
     want = model.all_logits(tokens)
-    cache = caches(model, 1, 8)
+    cache = caches(model, 1, 8, 1)
     for pos in ([0, 1, 2, 3], [4, 5, 6, 6, 6]):
         pos = torch.tensor([pos])
         at = pos[0]
-        where = model.positions(cache, pos)
-        close(model.logits(0, model.trunk_step(tokens[:, at], cache, where)), want[0][:, at], 1e-10, "trunk")
-        close(model.logits(1, model.head_step(1, tokens[:, at + 1], cache, where)), want[1][:, at], 1e-10, "head")
+        positions = model.positions(cache, pos)
+        got = model.logits(0, model.trunk_step(tokens[:, at], cache, positions))
+        close(got, want[0][:, at], 1e-10, "trunk")
+        got = model.logits(1, model.head_step(1, tokens[:, at + 1], cache, positions))
+        close(got, want[1][:, at], 1e-10, "head")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [0, 1])
 def test_a_cache_for_fewer_heads_than_the_model_has(heads):
-    model, tokens, pos = make_model(2), draw(1, 6), torch.arange(5)[None]
-    cache, want = caches(model, 1, 6, heads=heads), model.all_logits(tokens)
+    model, tokens, pos = make_model(2), random_tokens(1, 6), torch.arange(5)[None]
+    cache, want = caches(model, 1, 6, heads), model.all_logits(tokens)
     assert (len(cache.kv), len(cache.hidden)) == (SHAPE["n_layer"] + heads, heads)
     pos = model.positions(cache, pos)
-    close(model.logits(0, model.trunk_step(tokens[:, :5], cache, pos)), want[0][:, :5], 1e-10, "trunk")
+    got = model.logits(0, model.trunk_step(tokens[:, :5], cache, pos))
+    close(got, want[0][:, :5], 1e-10, "trunk")
     if heads:
-        close(model.logits(1, model.head_step(1, tokens[:, 1:], cache, pos)), want[1], 1e-10, "head")
+        got = model.logits(1, model.head_step(1, tokens[:, 1:], cache, pos))
+        close(got, want[1], 1e-10, "head")
 
 
 # ---- how the heads are wired to the rest
@@ -201,21 +220,26 @@ def test_a_cache_for_fewer_heads_than_the_model_has(heads):
 
 def test_heads_share_no_weights_and_the_embedding_is_the_output_head():
     model = make_model(3)
-    places = [w.data_ptr() for w in model.parameters()]  # parameters() lists one shared by two modules only once, so
-    assert len(places) == len(set(places)) == len(list(model.named_parameters(remove_duplicate=False)))
-    before = model.all_logits(draw(1, 6))
+    # parameters() lists one shared by two modules only once
+    places = [w.data_ptr() for w in model.parameters()]
+    everything = list(model.named_parameters(remove_duplicate=False))
+    assert len(places) == len(set(places)) == len(everything)
+    before = model.all_logits(random_tokens(1, 6))
     with torch.no_grad():
         model.heads[2].mix.weight.mul_(2)
-        changed = [not torch.equal(a, b) for a, b in zip(before, model.all_logits(draw(1, 6)), strict=True)]
+        after = model.all_logits(random_tokens(1, 6))
+        changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert changed == [False, False, False, True]  # head 3 only
-        model.embed.weight[12] = 0                     # id 12 isn't in the text: as an embedding it goes unused ...
-        tokens = draw(1, 6) % 12
+        # id 12 isn't in the text: as an embedding it goes unused ...
+        model.embed.weight[12] = 0
+        tokens = random_tokens(1, 6) % 12
         for logits in model.all_logits(tokens):
-            assert not logits[..., 12].any() and logits[..., 11].all()  # ... and as a row of W it gives logit 0
+            # ... and as a row of W it gives logit 0
+            assert not logits[..., 12].any() and logits[..., 11].all()
 
 
 def test_without_heads_it_is_a_plain_gpt_and_heads_leave_the_main_logits_alone():
-    plain, tokens = make_model(0), draw(2, 7)
+    plain, tokens = make_model(0), random_tokens(2, 7)
     assert len(plain.heads) == 0 and not [name for name in plain.state_dict() if "head" in name]
     assert len(plain.all_logits(tokens)) == 1
     model = make_model(3, seed=5)
@@ -227,8 +251,9 @@ def test_without_heads_it_is_a_plain_gpt_and_heads_leave_the_main_logits_alone()
 def test_count_parameters_adds_up():
     count, d = make_model(3).count_parameters(), 8
     block = 12 * d * d + 2 * d  # qkv 3, proj 1, fc 4, proj 4; two norms
-    assert count == {"embedding": 13 * d, "trunk": 2 * block + d, "heads": 3 * (block + 2 * d * d + 3 * d),
-                     "total": sum(w.numel() for w in make_model(3).parameters())}
+    head = block + 2 * d * d + 3 * d
+    total = sum(w.numel() for w in make_model(3).parameters())
+    assert count == dict(embedding=13 * d, trunk=2 * block + d, heads=3 * head, total=total)
 
 
 # ---- numbers and modes
@@ -237,25 +262,31 @@ def test_count_parameters_adds_up():
 def test_rotary_angles_stay_in_float32_or_better():
     model = make_model(1).to(torch.bfloat16)
     assert model.rope.dtype == torch.float32 and model.embed.weight.dtype == torch.bfloat16
-    assert model.all_logits(draw(1, 6))[1].dtype == torch.bfloat16  # and don't widen the activations
+    # and the activations stay in bf16
+    assert model.all_logits(random_tokens(1, 6))[1].dtype == torch.bfloat16
     assert model.double().rope.dtype == torch.float64
-    freq = 10000.0 ** (-torch.arange(0, 4, 2) / 4)                  # size 4: pairs at 1 and 1/100 radian a position
-    angle = torch.arange(12 + 1 + 1)[:, None] * freq                # block_size, the head's reach, one more
+    # size 4: pairs at 1 and 1/100 radian a position
+    freq = 10000.0 ** (-torch.arange(0, 4, 2) / 4)
+    # block_size, the head's reach, one more
+    angle = torch.arange(12 + 1 + 1)[:, None] * freq
     close(model.rope, torch.stack((angle.cos(), angle.sin())).repeat(1, 1, 2), 1e-14, "the table")
 
 
 def test_dropout_acts_in_training_only():
-    model, tokens = make_model(1, dropout=0.5), draw(1, 6)
-    quiet = [torch.equal(a, b) for a, b in zip(model.all_logits(tokens), make_model(1).all_logits(tokens), strict=True)]
-    assert all(quiet)
+    model, tokens = make_model(1, dropout=0.5), random_tokens(1, 6)
+    without = make_model(1).all_logits(tokens)
+    for a, b in zip(model.all_logits(tokens), without, strict=True):
+        assert torch.equal(a, b)
     model.train()
     assert not torch.equal(model.all_logits(tokens)[0], model.all_logits(tokens)[0])
-    for name, module in model.named_modules():  # each place by itself: one alone must already make a difference
+    # each place by itself: one alone must already make a difference
+    for name, module in model.named_modules():
         if hasattr(module, "dropout") or isinstance(module, torch.nn.Dropout):
             model.eval()
             module.train()
             assert not torch.equal(model.all_logits(tokens)[1], model.all_logits(tokens)[1]), name
-    for silent in ("attn.proj.weight", "proj.weight"):  # and in a block both halves, each while the other adds nothing
+    # and in a block both halves, each while the other adds nothing
+    for silent in ("attn.proj.weight", "proj.weight"):
         block, x = make_model(1, dropout=0.5).blocks[0], torch.randn(1, 6, 8)
         block.get_parameter(silent).data.zero_()
         block.drop.train()
@@ -266,7 +297,8 @@ def test_dropout_acts_in_training_only():
     ({"vocab_size": 0}, "vocab_size is 0"), ({"block_size": -3}, "block_size is -3"),
     ({"n_layer": 0}, "n_layer is 0"),
     ({"n_head": 0}, "n_head is 0"), ({"n_embd": 0}, "n_embd is 0"), ({"n_mtp": -1}, "n_mtp is -1"),
-    ({"n_embd": 9}, "n_embd is 9 with n_head 2"), ({"n_embd": 6}, "n_embd is 6 with n_head 2"),  # 6 / 2 is odd
+    ({"n_embd": 9}, "n_embd is 9 with n_head 2"),
+    ({"n_embd": 6}, "n_embd is 6 with n_head 2"),       # 6 / 2 is odd
     ({"n_mtp": 12}, "n_mtp is 12 with block_size 12"), ({"dropout": 1.0}, "dropout is 1.0"),
     ({"dropout": -0.1}, "dropout is -0.1")])
 def test_a_bad_config_says_what_is_wrong(changes, found):
@@ -277,11 +309,11 @@ def test_a_bad_config_says_what_is_wrong(changes, found):
 @pytest.mark.parametrize("T", [0, 13])
 def test_input_of_a_wrong_length_says_so(T):
     with pytest.raises(ValueError, match=f"got {T} tokens.* 1 to 12"):
-        make_model(3)(draw(1, T))
+        make_model(3)(random_tokens(1, T))
 
 
 def test_texts_too_short_for_a_head_give_it_no_rows():
-    model, tokens = make_model(3), draw(2, 12)
+    model, tokens = make_model(3), random_tokens(2, 12)
     want = model.all_logits(tokens)  # 12 is the longest: block_size
     for T in (1, 2, 3, 4):
         for k, got in enumerate(model.all_logits(tokens[:, :T])):
