@@ -14,11 +14,28 @@ from mutations import MUTATIONS, ROOT
 @pytest.mark.parametrize("n", range(len(MUTATIONS)))
 def test_the_snippet_occurs_once_and_the_named_tests_exist(n):
     what, file, snippet, mistake, tests = MUTATIONS[n]
-    assert (ROOT / file).read_text(encoding="utf-8").count(snippet) == 1, f"{what}: look for {snippet!r} in {file}"
+    times = (ROOT / file).read_text(encoding="utf-8").count(snippet)
+    if times != 1 and not os.environ.get("CI"):
+        pytest.skip(f"{file} holds {snippet!r} {times} times: it was written anew")
+    assert times == 1, f"{what}: look for {snippet!r} in {file}"
     assert snippet != mistake and tests
     for test in tests:
         name, function = test.split("[")[0].split("::")
         assert f"def {function}(" in (ROOT / "tests" / name).read_text(encoding="utf-8"), test
+
+
+def test_a_line_that_was_written_anew_is_skipped_but_not_in_ci(tmp_path, monkeypatch):
+    """a student's own solution must not turn the suite red"""
+    test = test_the_snippet_occurs_once_and_the_named_tests_exist
+    monkeypatch.setattr(sys.modules[__name__], "MUTATIONS", [("gone", "model.py", "no such line", "x", ["test_model.py::test_x"])])
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="model.py holds 'no such line' 0 times"):
+        test(0)
+    assert mutations.check("model.py", "no such line", "x", []) == "skipped: written anew"
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(AssertionError, match="look for 'no such line' in model.py"):
+        test(0)
+    assert mutations.check("model.py", "no such line", "x", []).startswith("SNIPPET NOT FOUND")
 
 
 @pytest.mark.slow
