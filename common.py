@@ -129,12 +129,6 @@ def one_line(error):
     return " ".join(text.split())[:300]
 
 
-def one_line(error):
-    """an exception's type and message as one short line"""
-    text = f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:300]
-
-
 # -----------------------------------------------------------------------------
 # what a run writes: checkpoints and the log
 

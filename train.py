@@ -488,7 +488,8 @@ def evaluate_and_save(model, cfg, val_ids, dtype, state):
     total = sum(float(p.detach().sum()) for p in model.parameters())
     check_finite(cfg, "sum of all weights", total, step)       # as it is if one of them is nan
     save_checkpoint(out / "ckpt.pt", model, **state)
-    result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
+    with torch.compiler.set_stance("force_eager"):     # a few windows are not worth a compilation
+        result = evaluate(model, val_ids, cfg, model.weight.device, dtype)
     append_row(out, step=step, val=result)
     loss = result["loss"][0]
     best = out / "best.pt"

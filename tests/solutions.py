@@ -1,12 +1,13 @@
 """
-Solutions of exercises 1 to 7 as students might write them, for test_lab.py: some unusual and right, most wrong. A hand-out has
-none of them. SOLUTIONS: (exercise, file::function, is it right?, body).
+Solutions of exercises 1 to 7 as students might write them, for test_lab.py: some unusual and right,
+most wrong. A hand-out has none of them. SOLUTIONS: (exercise, file::function, is it right?, body).
 """
 
 HEADS = """
 B, T, d = x.shape
 size = d // self.n_head
-q, k, v = [part.view(B, T, self.n_head, size).transpose(1, 2) for part in self.qkv(x).split(d, dim=-1)]
+parts = self.qkv(x).split(d, dim=-1)
+q, k, v = [part.view(B, T, self.n_head, size).transpose(1, 2) for part in parts]
 q, k = rotate(q, positions.rope), rotate(k, positions.rope)
 """
 CACHED = """
@@ -23,16 +24,15 @@ return self.proj((weights @ v).transpose(1, 2).reshape(B, T, d))
 """
 DROP = "if self.training and self.dropout:\n    weights = F.dropout(weights, self.dropout)\n"
 
-ACCEPT = """
+RESIDUAL = """
 batch, K = drafts.shape
 rows = torch.arange(batch)
 accepted, alive = torch.zeros(batch, dtype=torch.long), torch.ones(batch, dtype=torch.bool)
 for k in range(K):
     p, q = target_probs[rows, k, drafts[:, k]], draft_probs[rows, k, drafts[:, k]]
-    alive = alive & bernoulli({ratio}, noise.accept[:, k])
+    alive = alive & bernoulli(p / q, noise.accept[:, k])
     accepted = accepted + alive.long()
-"""
-EMIT = """
+
 token = torch.empty(batch, dtype=torch.long)
 for b, a in enumerate(accepted.tolist()):
     probs = target_probs[b, a]
@@ -56,27 +56,47 @@ out = self.proj.weight @ torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2).
 return out.squeeze(-1)
 """),
     # no mask; a mask one too far; one that hides the row itself
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(T)") + DROP + OUT),
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(2)") + DROP + OUT),
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(0)") + DROP + OUT),
+    (
+        1, "model.py::Attention.forward", False,
+        HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(T)") + DROP + OUT,
+    ),
+    (
+        1, "model.py::Attention.forward", False,
+        HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(2)") + DROP + OUT,
+    ),
+    (
+        1, "model.py::Attention.forward", False,
+        HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(0)") + DROP + OUT,
+    ),
     # not scaled; v rotated, too; the cache forgotten
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX.replace(" / math.sqrt(size)", "") + DROP + OUT),
-    (1, "model.py::Attention.forward", False, HEADS + "v = rotate(v, positions.rope)" + CACHED + SOFTMAX + DROP + OUT),
+    (
+        1, "model.py::Attention.forward", False,
+        HEADS + CACHED + SOFTMAX.replace(" / math.sqrt(size)", "") + DROP + OUT,
+    ),
+    (
+        1, "model.py::Attention.forward", False,
+        HEADS + "v = rotate(v, positions.rope)" + CACHED + SOFTMAX + DROP + OUT,
+    ),
     (1, "model.py::Attention.forward", False, HEADS + SOFTMAX + DROP + OUT),
-    # dropout before the softmax; also in eval mode; without scaling; not at all; on the output; one mask for the batch
+    # dropout before the softmax; also in eval mode; without scaling; not at all; on the output; one
+    # mask for the batch
     (1, "model.py::Attention.forward", False, HEADS + CACHED + """
 scores = q @ k.transpose(-2, -1) / math.sqrt(size)
 scores = F.dropout(scores, self.dropout, self.training)
 weights = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
 """ + OUT),
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + "weights = F.dropout(weights, self.dropout)" + OUT),
+    (
+        1, "model.py::Attention.forward", False,
+        HEADS + CACHED + SOFTMAX + "weights = F.dropout(weights, self.dropout)" + OUT,
+    ),
     (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + """
 if self.training:
     weights = weights * (torch.rand_like(weights) >= self.dropout)
 """ + OUT),
     (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + OUT),
     (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + """
-return self.proj(F.dropout((weights @ v).transpose(1, 2).reshape(B, T, d), self.dropout, self.training))
+y = (weights @ v).transpose(1, 2).reshape(B, T, d)
+return self.proj(F.dropout(y, self.dropout, self.training))
 """),
     (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + """
 weights = weights * F.dropout(torch.ones(T, T), self.dropout, self.training)
@@ -90,7 +110,8 @@ def rest(h, k):
     if T == 0:
         h = h[:, :0]
     else:
-        h = self.heads[k - 1](embed=embed[:, k : k + T], hidden=h.narrow(1, 0, T), positions=self.angles(T))
+        h = h.narrow(1, 0, T)
+        h = self.heads[k - 1](embed=embed[:, k : k + T], hidden=h, positions=self.angles(T))
     return [h] + rest(h, k + 1)
 
 return [h0] + rest(h0, 1)
@@ -120,7 +141,9 @@ return out
 out = [h0]
 for k, head in enumerate(self.heads, 1):
     T = max(0, h0.size(1) - k)
-    out.append(head(out[-1][:, 1:][:, :T], embed[:, k : k + T], self.angles(T + 1)._replace(rope=self.rope[:, None, None, 1 : T + 1])))
+    positions = self.angles(T + 1)
+    positions = positions._replace(rope=positions.rope[..., 1:, :])
+    out.append(head(out[-1][:, 1:][:, :T], embed[:, k : k + T], positions))
 return out
 """),
     (2, "model.py::GPT.cascade", False, """
@@ -146,16 +169,28 @@ return DIVERGENCES[kl](log_p, log_q.expand(log_p.shape))
     *[(3, "distill.py::topn_divergence", False, f"""
 {first}
 top = {by}.topk(n, dim=-1).indices
-log_q = to_float32(teacher.gather(-1, top if teacher.shape == student.shape else {index})).log_softmax(-1)
+log_q = to_float32(teacher.gather(-1, {index})).log_softmax(-1)
 log_p = to_float32(student.gather(-1, top.expand(*student.shape[:-1], n))).log_softmax(-1)
 return {last}
 """) for first, by, index, last in [
-        ("", "teacher", "top", "DIVERGENCES[kl](log_p, log_q)"),                         # no stop-gradient
+        # no stop-gradient
+        ("", "teacher", "top", "DIVERGENCES[kl](log_p, log_q)"),
         ("student = student.detach()", "teacher", "top", "DIVERGENCES[kl](log_p, log_q)"),
-        ("if detach_teacher: teacher = teacher.detach()", "teacher", "top", "DIVERGENCES[kl](log_q, log_p)"),
-        ("if detach_teacher: teacher = teacher.detach()", "teacher", "top", "forward_kl(log_p, log_q)"),
-        ("if detach_teacher: teacher = teacher.detach()", "teacher", "top", "DIVERGENCES[kl](log_p, log_q).mean()"),
-        ("if detach_teacher: teacher = teacher.detach()", "(student if student.dim() == 2 else student[0])", "top",
+        (
+            "if detach_teacher: teacher = teacher.detach()", "teacher", "top",
+            "DIVERGENCES[kl](log_q, log_p)",
+        ),
+        (
+            "if detach_teacher: teacher = teacher.detach()", "teacher", "top",
+            "forward_kl(log_p, log_q)",
+        ),
+        (
+            "if detach_teacher: teacher = teacher.detach()", "teacher", "top",
+            "DIVERGENCES[kl](log_p, log_q).mean()",
+        ),
+        ("if detach_teacher: teacher = teacher.detach()",
+         "(student if student.dim() == 2 else student[0])",
+         "top",
          "DIVERGENCES[kl](log_p, log_q)")]],
     # not renormalised: softmax over all tokens, then the n of them
     (3, "distill.py::topn_divergence", False, """
@@ -188,10 +223,12 @@ return torch.stack([torch.stack(c) for c in columns], 1), torch.stack(labels)
 K = len(hidden) - 1
 if targets.size(1) <= K:
     raise ValueError(f"{K + 1} tokens at least")
-rows = [hidden[k].narrow(1, K - k, targets.size(1) - K).reshape(-1, hidden[k].size(-1)) for k in heads]
+n = targets.size(1) - K
+rows = [hidden[k].narrow(1, K - k, n).reshape(-1, hidden[k].size(-1)) for k in heads]
 return torch.stack(rows), targets[:, K:].reshape(-1)
 """),
-    # the same rows of each head, not the same targets; all heads whatever is wanted; labels one off; targets before windows
+    # the same rows of each head, not the same targets; all heads whatever is wanted; labels one
+    # off; targets before windows
     *[(4, "distill.py::aligned", False, f"""
 K, T = len(hidden) - 1, targets.size(1)
 assert T > K
@@ -220,17 +257,29 @@ K = len(logits) - 1
 ce = torch.stack([F.cross_entropy(to_float32(row), targets{reduction}) for row in logits])
 divergence = torch.zeros(K).to(ce)
 if K and top_n:
-    divergence = torch.stack([topn_divergence(logits[k], {teacher}, top_n, {options}).mean() for k in range(1, K + 1)])
+    divergence = [topn_divergence(logits[k], {teacher}, top_n, {options}) for k in range(1, K + 1)]
+    divergence = torch.stack([rows.mean() for rows in divergence])
 loss = {loss}
 return loss, ce.detach(), divergence.detach()
 """) for reduction, teacher, options, loss in [
-        (", reduction='sum'", "logits[0]", "kl, detach_teacher", "(alpha * ce).sum() + (beta * divergence).sum()"),
+        (
+            ", reduction='sum'", "logits[0]", "kl, detach_teacher",
+            "(alpha * ce).sum() + (beta * divergence).sum()",
+        ),
         ("", "logits[0]", "kl", "(alpha * ce).sum() + (beta * divergence).sum()"),
-        ("", "logits[0]", "'forward', detach_teacher", "(alpha * ce).sum() + (beta * divergence).sum()"),
-        ("", "logits[k - 1]", "kl, detach_teacher", "(alpha * ce).sum() + (beta * divergence).sum()"),
+        (
+            "", "logits[0]", "'forward', detach_teacher",
+            "(alpha * ce).sum() + (beta * divergence).sum()",
+        ),
+        (
+            "", "logits[k - 1]", "kl, detach_teacher",
+            "(alpha * ce).sum() + (beta * divergence).sum()",
+        ),
         ("", "logits[0]", "kl, detach_teacher", "ce.sum() + divergence.sum()"),
         ("", "logits[0]", "kl, detach_teacher", "(alpha * ce).mean() + (beta * divergence).sum()"),
-        ("", "logits[0]", "kl, detach_teacher", "ce[0] + (alpha[1:] * ce[1:]).sum() + (beta * divergence.detach()).sum()")]],
+        ("", "logits[0]", "kl, detach_teacher",
+         "(alpha * ce).sum() + (beta * divergence.detach()).sum()"),
+    ]],
     # ---- 5
     (5, "decode.py::accepted_lengths", True, """
 K, T = len(choices) - 1, choices[0].shape[1]
@@ -260,16 +309,19 @@ for k in range(1, K + 1):
     ok = {ok}
     length += ok
 return length
-""") for rows, start, ok in [("T - K", "k", "same"), ("T - K", "0", "ok * same"), ("T - K", "1", "ok * same"),
-                              ("T - K - 1", "k", "ok * same")]],
+""") for rows, start, ok in [
+        ("T - K", "k", "same"), ("T - K", "0", "ok * same"), ("T - K", "1", "ok * same"),
+        ("T - K - 1", "k", "ok * same")]],
     *[(5, "decode.py::rates", False, f"""
 reached = [sum(histogram[k:]) for k in range(len(histogram))]
 ar = [b / a {guard} for a, b in zip(reached, reached[1:])]
 car = [b / {below} for b in reached[1:]]
 return {last}
-""") for guard, below, last in [("", "max(1, reached[0])", "ar, car"), ("if a else 1.0", "max(1, reached[0])", "ar, car"),
-                                ("if a else 0.0", "max(1, reached[0])", "car, ar"),
-                                ("if a else 0.0", "max(1, len(histogram))", "ar, car")]],
+""") for guard, below, last in [
+        ("", "max(1, reached[0])", "ar, car"),
+        ("if a else 1.0", "max(1, reached[0])", "ar, car"),
+        ("if a else 0.0", "max(1, reached[0])", "car, ar"),
+        ("if a else 0.0", "max(1, len(histogram))", "ar, car")]],
     # ---- 6
     (6, "decode.py::match", True, """
 K = drafts.shape[1]
@@ -294,19 +346,20 @@ for b in torch.nonzero(accepted < K).flatten().tolist():
         probs[b, drafts[b, accepted[b]]] = 0
 return accepted, sample(probs, noise.emit[:, 0])
 """),
-    # the same random numbers at each row; the first draft alone; the token of row 0; K where it should be a
+    # the same random numbers at each row; the token of row 0, of row K; one draft at most
     *[(6, "decode.py::match", False, f"""
 tokens = sample(target_probs, noise.emit{noise})
 accepted = num_accepted(tokens[:, :-1] == drafts){more}
 return accepted, {token}
-""") for noise, more, token in [("[:, :1]", "", "select_row(tokens, accepted)"), ("", "", "tokens[:, 0]"), ("", "", "tokens[:, -1]"),
-                                ("", ".clamp(max=1)", "select_row(tokens, accepted)")]],
+""") for noise, more, token in [
+        ("[:, :1]", "", "select_row(tokens, accepted)"), ("", "", "tokens[:, 0]"),
+        ("", "", "tokens[:, -1]"), ("", ".clamp(max=1)", "select_row(tokens, accepted)")]],
     (6, "decode.py::match", False, """
 tokens = target_probs.argmax(-1)
 accepted = num_accepted(tokens[:, :-1] == drafts)
 return accepted, select_row(tokens, accepted)
 """),
-    # emits from p after a rejection; rejects one and goes on; the draft's own token removed after acceptance, too
+    # emits from p after a rejection; goes on after one; no guard for a draft that is certain
     (6, "decode.py::point", False, """
 p = of_drafts(target_probs[:, :-1], drafts)
 accepted = num_accepted(bernoulli(p, noise.accept))
@@ -327,7 +380,7 @@ probs = torch.cat((rest, target_probs[:, -1:]), 1)
 return accepted, sample(select_row(probs, accepted), noise.emit[:, 0])
 """),
     # ---- 7
-    (7, "decode.py::residual", True, ACCEPT.format(ratio="p / q") + EMIT),
+    (7, "decode.py::residual", True, RESIDUAL),
     (7, "decode.py::residual", True, """
 batch, K = drafts.shape
 everything = []
@@ -339,15 +392,28 @@ ok = uniform * of_drafts(draft_probs, drafts) < of_drafts(target_probs[:, :K], d
 accepted = (ok.long().cumsum(1) == torch.arange(1, K + 1)).sum(1)
 return accepted, torch.stack(everything, 1)[torch.arange(batch), accepted]
 """),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="q / p") + EMIT),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p") + EMIT),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p / q") + EMIT.replace("if a < K", "if False")),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p / q") + EMIT.replace("residual_probs(probs,", "(probs -").replace(
-        "draft_probs[b, a])", "draft_probs[b, a]).abs()")),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p / q") + EMIT.replace("noise.emit[b, 0]", "noise.draft[b, min(a, K - 1)]")),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p / q").replace("alive & ", "") + EMIT),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p / q") + EMIT.replace(
-        "residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).clamp(min=0)")),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p / q").replace("noise.accept[:, k]", "noise.accept[:, 0]") + EMIT),
-    (7, "decode.py::residual", False, ACCEPT.format(ratio="p / q") + EMIT.replace("target_probs[b, a]", "target_probs[b, min(a, K - 1)]")),
+    (7, "decode.py::residual", True, """
+K = drafts.size(1)
+probs = target_probs[:, K]
+accepted = torch.full_like(drafts[:, 0], K)
+for k in reversed(range(K)):
+    p, q = target_probs[:, k], draft_probs[:, k]
+    x = drafts[:, k : k + 1]
+    ok = bernoulli((p.gather(1, x) / q.gather(1, x))[:, 0], noise.accept[:, k])
+    accepted = torch.where(ok, accepted, k)
+    probs = torch.where(ok[:, None], probs, residual_probs(p, q))
+return accepted, sample(probs, noise.emit[:, 0])
+"""),
+    # p and q swapped; accepted as a fixed draft; emits from p; |p - q|; the drafts' noise again;
+    # goes on after a rejection; no guard where p = q; one number for all drafts; row K-1 for row K
+    *[(7, "decode.py::residual", False, RESIDUAL.replace(line, mistake)) for line, mistake in [
+        ("bernoulli(p / q", "bernoulli(q / p"),
+        ("bernoulli(p / q", "bernoulli(p"),
+        ("if a < K", "if False"),
+        ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).abs()"),
+        ("noise.emit[b, 0]", "noise.draft[b, min(a, K - 1)]"),
+        ("alive & ", ""),
+        ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).clamp(min=0)"),
+        ("noise.accept[:, k]", "noise.accept[:, 0]"),
+        ("target_probs[b, a]", "target_probs[b, min(a, K - 1)]")]],
 ]

@@ -1,4 +1,5 @@
-"""the researcher's table of README.md: each change is made in a copy, which then trains three steps and decodes (slow)."""
+"""the researcher's table of README.md: each change is made in a copy, which then trains three steps
+and decodes (slow)."""
 
 import ast
 import json
@@ -13,9 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "One two three four five. The cat sat on the mat, and the dog did not.\n" * 60
-SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--n_mtp", "2", "--block_size", "24", "--batch_size", "4",
-         "--steps", "3", "--warmup", "1", "--eval_every", "3", "--eval_windows", "4", "--log_every", "1", "--device", "cpu",
-         "--compile", "off", "--tokenizer", "bytes", "--kl_start", "0", "--kl_ramp", "0"]
+SMALL = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --n_mtp 2 --block_size 24 --batch_size 4 --steps 3 "
+    "--warmup 1 --eval_every 3 --eval_windows 4 --log_every 1 --device cpu --compile off "
+    "--tokenizer bytes --kl_start 0 --kl_ramp 0"
+).split()
 
 
 # ---- ways to touch a file that don't depend on how its functions are written
@@ -27,9 +30,11 @@ def append(source, text):
 
 def after_assignment(source, name, text):
     """behind the top-level assignment to a name"""
-    (node,) = [n for n in ast.parse(source).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name]
+    assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    (node,) = [node for node in assignments if ast.unparse(node.targets[0]) == name]
     lines = source.split("\n")
-    return "\n".join([*lines[: node.end_lineno], "\n", textwrap.dedent(text).strip("\n"), *lines[node.end_lineno :]])
+    text = textwrap.dedent(text).strip("\n")
+    return "\n".join([*lines[: node.end_lineno], "\n", text, *lines[node.end_lineno :]])
 
 
 def before_return(source, function, text):
@@ -45,12 +50,16 @@ def at_the_beginning(source, function, text):
     begin, _ = lab.body_lines(source, function)
     lines = source.split("\n")
     indent = " " * lab.find(source, function).body[-1].col_offset
-    return "\n".join([*lines[:begin], textwrap.indent(textwrap.dedent(text).strip("\n"), indent), *lines[begin:]])
+    return "\n".join(
+        [*lines[:begin], textwrap.indent(textwrap.dedent(text).strip("\n"), indent), *lines[begin:]]
+    )
 
 
 def instead(source, function, text):
     indent = " " * lab.find(source, function).body[-1].col_offset
-    return lab.set_body(source, function, textwrap.indent(textwrap.dedent(text).strip("\n"), indent))
+    return lab.set_body(
+        source, function, textwrap.indent(textwrap.dedent(text).strip("\n"), indent)
+    )
 
 
 def replace(source, old, new):
@@ -86,8 +95,10 @@ CHANGES = {
 
         RULES["lenient"] = lenient
         """)],
-    "a metric of the evaluation": [("train.py", replace, "tokens_per_forward=1 + sum(car))",
-                                    "tokens_per_forward=1 + sum(car),\n                mean_ar=sum(ar) / max(1, len(ar)))")],
+    "a metric of the evaluation": [
+        ("train.py", replace, "tokens_per_forward=1 + sum(car))",
+         "tokens_per_forward=1 + sum(car), mean_ar=sum(ar) / max(1, K))"),
+    ],
     "the data": [("data/prepare.py", at_the_beginning, "data/prepare.py::read_source", """
         if str(source).endswith(".csv"):
             import csv
@@ -142,7 +153,10 @@ def change(folder, name):
 
 
 def python(folder, *arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, encoding="utf-8",
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -150,9 +164,13 @@ def python(folder, *arguments):
 def train(folder, *flags):
     """three steps -> the evaluation"""
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    (folder / "text.csv").write_text("text\n" + '"' + TEXT + '"\n' + '"Another text, but for validation."\n' * 9, encoding="utf-8")
+    (folder / "text.csv").write_text(
+        "text\n" + '"' + TEXT + '"\n' + '"Another text, but for validation."\n' * 9,
+        encoding="utf-8",
+    )
     data = [] if "--data" in flags else ["--data", "text.txt"]
-    return json.loads(python(folder, "train.py", *SMALL, *data, "--out", "out/toy", "--json", *flags).splitlines()[-1])
+    command = ["train.py", *SMALL, *data, "--out", "out/toy", "--json", *flags]
+    return json.loads(python(folder, *command).splitlines()[-1])
 
 
 def test_the_table_has_a_row_for_each_change():
@@ -174,7 +192,9 @@ def test_the_changes_fit_the_code(tmp_path):
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_trains_three_steps_and_decodes(tmp_path, name):
     mutations.copy_to(tmp_path)
-    before = train(tmp_path) if name in ("a term of the loss", "the head", "the feed-forward") else None
+    before = train(tmp_path) if name in (
+        "a term of the loss", "the head", "the feed-forward"
+    ) else None
     change(tmp_path, name)
     result = train(tmp_path, *FLAGS.get(name, []))
     assert result["loss"] != (before or {}).get("loss"), "the change has no effect"
@@ -182,15 +202,25 @@ def test_a_change_trains_three_steps_and_decodes(tmp_path, name):
     if name == "a metric of the evaluation":
         assert '"mean_ar": ' in (tmp_path / "out/toy/log.jsonl").read_text(encoding="utf-8")
     # greedy text is that of ordinary decoding, token by token
-    out = python(tmp_path, "results/bench.py", "check", "out/toy/ckpt.pt", "--tokens", "12", "--prompt_tokens", "8", "--fast", "off")
+    out = python(
+        tmp_path, "results/bench.py", "check", "out/toy/ckpt.pt", "--tokens", "12",
+        "--prompt_tokens", "8", "--fast", "off",
+    )
     assert "8 of 8 greedy continuations are identical" in out
     if name == "the accept rule":
-        text = ["decode.py", "out/toy/ckpt.pt", "--prompt", "One", "--tokens", "12", "--json", "--accept"]
-        ids = {rule: json.loads(python(tmp_path, *text, rule).splitlines()[-1])["ids"] for rule in ("lenient", "match")}
+        text = [
+            "decode.py", "out/toy/ckpt.pt", "--prompt", "One", "--tokens", "12", "--json",
+            "--accept",
+        ]
+        ids = {}
+        for rule in ("lenient", "match"):
+            ids[rule] = json.loads(python(tmp_path, *text, rule).splitlines()[-1])["ids"]
         assert len(ids["lenient"]) == 12 and ids["lenient"] != ids["match"]
     if name in ("the head", "the feed-forward"):
-        output = mutations.run(tmp_path, ["test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward",
-                                          "test_model.py::test_a_row_sees_exactly_the_tokens_before_its_target"])
+        output = mutations.run(tmp_path, [
+            "test_model.py::test_cached_steps_with_rollbacks_equal_the_full_forward",
+            "test_model.py::test_a_row_sees_exactly_the_tokens_before_its_target",
+        ])
         assert "FAILED" not in output and "5 passed" in output, output
 
 
@@ -208,12 +238,22 @@ def test_heads_that_share_one_block_are_extended_or_refused(tmp_path):
     source = lab.read(tmp_path / "model.py")
     end = lab.body_lines(source, "model.py::GPT.__init__")[1]
     lines = source.split("\n")
-    lab.write(tmp_path / "model.py", "\n".join([*lines[:end], SHARED_BLOCK.strip("\n"), *lines[end:]]))
+    lab.write(
+        tmp_path / "model.py", "\n".join([*lines[:end], SHARED_BLOCK.strip("\n"), *lines[end:]])
+    )
     train(tmp_path)
-    command = ["extend.py", "out/toy/ckpt.pt", "--heads", "4", "--steps", "3", "--lr", "0.1", "--out", "out/more", "--json"]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    command = [
+        "extend.py", "out/toy/ckpt.pt", "--heads", "4", "--steps", "3", "--lr", "0.1", "--out",
+        "out/more", "--json",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode:
-        assert done.stderr.strip().splitlines()[-1].startswith("extend.py: ") and "share" in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith(
+            "extend.py: "
+        ) and "share" in done.stderr
         return
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["after"]["loss"][:3] == pytest.approx(result["before"]["loss"][:3]), "frozen heads changed"
+    assert result["after"]["loss"][:3] == pytest.approx(result["before"]["loss"][:3]), (
+        "frozen heads changed")

@@ -1,7 +1,8 @@
 """
-The tests of exercises 1 to 7 of README.md: `python tests/lab.py check N` runs those named test_N_..,
-and shows the docstring of the first that fails. They accept every right solution: numbers and
-distributions are compared, not the way to them. None holds a solution, so that a hand-out keeps this file.
+The tests of exercises 1 to 7 of README.md: `python tests/lab.py check N` runs those named
+test_N_.., and shows the docstring of the first that fails. They accept every right solution:
+numbers and distributions are compared, not the way to them. None holds a solution, so that a
+hand-out keeps this file.
 """
 
 import inspect
@@ -29,12 +30,15 @@ def waves(*shape, start=0.0):
 
 def close(got, want, tolerance=1e-9):
     want = torch.as_tensor(want)
-    assert tuple(got.shape) == tuple(want.shape), f"shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    assert tuple(got.shape) == tuple(want.shape), (
+        f"shape {tuple(got.shape)}, not {tuple(want.shape)}")
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=tolerance)
 
 
 def make_gpt(**changes):
-    config = GPTConfig(**{**dict(vocab_size=11, block_size=12, n_layer=1, n_head=2, n_embd=8, n_mtp=0), **changes})
+    config = GPTConfig(
+        **{**dict(vocab_size=11, block_size=12, n_layer=1, n_head=2, n_embd=8, n_mtp=0), **changes}
+    )
     model = GPT(config).requires_grad_(False).eval()
     for i, weight in enumerate(model.parameters()):
         weight.copy_(waves(*weight.shape, start=i) + (weight.dim() == 1))
@@ -50,8 +54,8 @@ def attend(attention, x):
 
 
 def test_1_no_row_sees_a_later_token():
-    """Row i of the output may depend on rows 0 .. i of x, and must depend on each of them: is the mask
-    on the right side of the diagonal?"""
+    """Row i of the output may depend on rows 0 .. i of x, and must depend on each of them: is the
+    mask on the right side of the diagonal?"""
     attention, x = make_gpt().blocks[0].attn, waves(1, 6, 8)
     before = attend(attention, x)
     for j in range(6):
@@ -62,13 +66,15 @@ def test_1_no_row_sees_a_later_token():
 
 
 # of the original, which test_model.py compares with loops
-WANT_ATTENTION_0 = [0.284682, -1.436288, 0.878684, 4.562278, 4.795001, 0.198868, -0.240271, -2.173648]
+WANT_ATTENTION_0 = [
+    0.284682, -1.436288, 0.878684, 4.562278, 4.795001, 0.198868, -0.240271, -2.173648
+]
 WANT_ATTENTION_1 = [1.24668, 1.134382, 1.888008, 1.497136, 0.464638, -0.774961, -1.473743, 0.557055]
 
 
 def test_1_the_numbers():
-    """Are q and k rotated (not v), the scores divided by the root of hd, the softmax taken over the keys,
-    the heads put side by side again, and the result sent through proj?"""
+    """Are q and k rotated (not v), the scores divided by the root of hd, the softmax taken over the
+    keys, the heads put side by side again, and the result sent through proj?"""
     attention, x = make_gpt().blocks[0].attn, waves(2, 3, 8)
     got = attend(attention, x)
     close(got[0, 2], WANT_ATTENTION_0, 1e-6)
@@ -76,7 +82,8 @@ def test_1_the_numbers():
 
 
 def test_1_with_a_cache_it_is_the_same():
-    """Where a cache is given, forward leaves the attention itself to attend_to_cache(q, k, v, positions, cache)."""
+    """Where a cache is given, forward leaves the attention itself to attend_to_cache(q, k, v,
+    positions, cache)."""
     model = make_gpt()
     tokens = torch.tensor([[1, 5, 2, 2, 7, 9]])
     want, cache = model.trunk(model.embed(tokens), model.angles(6)), Cache(model, 1, 6, 0)
@@ -86,8 +93,8 @@ def test_1_with_a_cache_it_is_the_same():
 
 
 def test_1_dropout_keeps_the_mean():
-    """Dropout acts in training only, on the attention's weights after the softmax, and scales what it keeps
-    by 1 / (1 - p): the mean over many calls is what eval mode gives."""
+    """Dropout acts in training only, on the attention's weights after the softmax, and scales what
+    it keeps by 1 / (1 - p): the mean over many calls is what eval mode gives."""
     attention = make_gpt().blocks[0].attn
     attention.dropout = 0.5
     x = waves(1, 3, 8).expand(20_000, -1, -1)
@@ -97,12 +104,13 @@ def test_1_dropout_keeps_the_mean():
     torch.manual_seed(0)
     got = attend(attention, x)
     assert got.std(0).min() > 1e-3, "in training mode nothing is dropped"
-    assert ((got.mean(0) - want[0]).abs() / (got.std(0) / len(x) ** 0.5)).max() < 6, "the mean is another"
+    assert ((got.mean(0) - want[0]).abs() / (got.std(0) / len(x) ** 0.5)).max() < 6, (
+        "the mean is another")
 
 
 def test_1_dropout_drops_weights_of_the_attention():
-    """Dropout drops whole weights of the attention: in row 0, whose only weight is 1, a head's output is
-    either 0 or v / (1 - p), and each head and sequence has its own mask."""
+    """Dropout drops whole weights of the attention: in row 0, whose only weight is 1, a head's
+    output is either 0 or v / (1 - p), and each head and sequence has its own mask."""
     attention = make_gpt().blocks[0].attn
     attention.proj.weight.copy_(torch.eye(8))
     x = waves(1, 3, 8).expand(2000, -1, -1)
@@ -120,11 +128,12 @@ def test_1_dropout_drops_weights_of_the_attention():
 
 
 class Digits(torch.nn.Module):
-    """stands in for a head: appends the digit of the embedding to the number of the hidden state, so
-    that the digits of a state say what it has read"""
+    """stands in for a head: appends the digit of the embedding to the number of the hidden state,
+    so that the digits of a state say what it has read"""
 
     def forward(self, hidden, embed, positions, cache=None):
-        assert hidden.shape == embed.shape, f"hidden {tuple(hidden.shape)}, embed {tuple(embed.shape)}"
+        assert hidden.shape == embed.shape, (
+            f"hidden {tuple(hidden.shape)}, embed {tuple(embed.shape)}")
         found, rows = positions.rope.shape[-2], hidden.shape[1]
         assert found == rows, f"angles of {found} positions for {rows} rows"
         self.rope = positions.rope
@@ -144,17 +153,19 @@ def cascade_of_digits(K, T):
 
 
 def test_2_each_state_has_read_what_it_should():
-    """Head k at position i reads h^{k-1}_i and the embedding of token i+k. Here the digits of a state are the
-    tokens that it has read: h^2_0 is 123."""
+    """Head k at position i reads h^{k-1}_i and the embedding of token i+k. Here the digits of a
+    state are the tokens that it has read: h^2_0 is 123."""
     _, states = cascade_of_digits(K=3, T=6)
     want = [[1, 2, 3, 4, 5, 6], [12, 23, 34, 45, 56], [123, 234, 345, 456], [1234, 2345, 3456]]
     for k in range(4):
         assert states[k][0, :, 0].tolist() == want[k], f"h^{k}"
-        assert (states[k] == states[k][:1, :, :1]).all(), "sequences or columns of a batch are mixed"
+        assert (states[k] == states[k][:1, :, :1]).all(), (
+            "sequences or columns of a batch are mixed")
 
 
 def test_2_positions():
-    """Row i of head k stands at position i, as in the trunk: the angles are those of positions 0 .. T-k-1."""
+    """Row i of head k stands at position i, as in the trunk: the angles are those of positions 0 ..
+    T-k-1."""
     model, _ = cascade_of_digits(K=3, T=6)
     for k, head in enumerate(model.heads, 1):
         assert torch.equal(head.rope, model.angles(6 - k).rope), f"head {k}"
@@ -162,7 +173,8 @@ def test_2_positions():
 
 @pytest.mark.parametrize("T", [1, 2, 3])
 def test_2_texts_too_short_for_a_head(T):
-    """Entry k is (B, T-k, d), and (B, 0, d) where the text has no more than k tokens: is T - k negative somewhere?"""
+    """Entry k is (B, T-k, d), and (B, 0, d) where the text has no more than k tokens: is T - k
+    negative somewhere?"""
     _, states = cascade_of_digits(K=4, T=T)
     assert [tuple(h.shape) for h in states] == [(2, max(0, T - k), 8) for k in range(5)]
 
@@ -178,7 +190,9 @@ def test_2_gradients_reach_the_trunk():
     model, _ = cascade_of_digits(K=2, T=4)
     h0, embed = waves(1, 4, 8).requires_grad_(), waves(1, 4, 8, start=1.0).requires_grad_()
     model.cascade(h0, embed)[2].sum().backward()
-    assert h0.grad[0, :, 0].tolist() == [100, 100, 0, 0] and embed.grad[0, :, 0].tolist() == [0, 10, 11, 1]
+    assert h0.grad[0, :, 0].tolist() == [
+        100, 100, 0, 0
+    ] and embed.grad[0, :, 0].tolist() == [0, 10, 11, 1]
 
 
 # ---- 3. the TopN divergence
@@ -190,17 +204,20 @@ def five_words():
 
 
 def test_3_five_words():
-    """Which tokens count is the teacher's choice; both distributions are softmaxes over these tokens alone;
-    DIVERGENCES[kl] takes the student's log-probabilities first."""
+    """Which tokens count is the teacher's choice; both distributions are softmaxes over these
+    tokens alone; DIVERGENCES[kl] takes the student's log-probabilities first."""
     ln2, ln3 = math.log(2), math.log(3)
     student, teacher = five_words()
-    for kl, want in (("forward", 5 / 4 * ln2 - ln3 / 4), ("reverse", 3 / 4 * ln3 - 3 / 8 * ln2), ("tv", 0.5)):
+    for kl, want in (
+        ("forward", 5 / 4 * ln2 - ln3 / 4), ("reverse", 3 / 4 * ln3 - 3 / 8 * ln2), ("tv", 0.5)
+    ):
         got = distill.topn_divergence(student, teacher, 3, kl, True)
         assert got.tolist() == pytest.approx([want], abs=1e-12), kl
 
 
 def test_3_one_number_for_each_row():
-    """student (K, C, V) and teacher (C, V) give (K, C), no mean: all heads are compared on the teacher's tokens."""
+    """student (K, C, V) and teacher (C, V) give (K, C), no mean: all heads are compared on the
+    teacher's tokens."""
     student, teacher = 3 * waves(2, 4, 7), 3 * waves(4, 7, start=2.0)
     got = distill.topn_divergence(student, teacher, 3)
     assert tuple(got.shape) == (2, 4)
@@ -213,14 +230,19 @@ def test_3_all_tokens_and_one_token():
     """With n = V it is torch's own KL over the whole vocabulary; with n = 1 it is exactly 0."""
     student, teacher = 3 * waves(4, 7), 3 * waves(4, 7, start=2.0)
     p, q = student.log_softmax(-1), teacher.log_softmax(-1)
-    close(distill.topn_divergence(student, teacher, 7), F.kl_div(p, q, log_target=True, reduction="none").sum(-1))
+    close(
+        distill.topn_divergence(student, teacher, 7),
+        F.kl_div(p, q, log_target=True, reduction="none").sum(-1),
+    )
     assert distill.topn_divergence(student, teacher, 1).tolist() == [0, 0, 0, 0]
 
 
 def test_3_the_stop_gradient():
     """detach_teacher=True: no gradient may reach the teacher's logits; False: it must."""
     for detach in (True, False):
-        student, teacher = (3 * waves(2, 4, 7)).requires_grad_(), (3 * waves(4, 7, start=2.0)).requires_grad_()
+        student, teacher = (3 * waves(2, 4, 7)).requires_grad_(), (
+            3 * waves(4, 7, start=2.0)
+        ).requires_grad_()
         distill.topn_divergence(student, teacher, 3, "forward", detach).sum().backward()
         reached = teacher.grad is not None and bool(teacher.grad.abs().max() > 1e-3)
         assert reached is not detach
@@ -231,8 +253,8 @@ def test_3_the_stop_gradient():
 
 
 def test_3_the_students_gradient():
-    """The gradient of the forward KL is p - q on the n tokens, and 0 on all others: is the student detached, or
-    taken over all tokens?"""
+    """The gradient of the forward KL is p - q on the n tokens, and 0 on all others: is the student
+    detached, or taken over all tokens?"""
     student, teacher = five_words()
     student.requires_grad_()
     distill.topn_divergence(student, teacher, 3).sum().backward()
@@ -240,8 +262,8 @@ def test_3_the_students_gradient():
 
 
 def test_3_numbers_that_break_a_careless_softmax():
-    """Logits of 2,000 give finite values and gradients (log_softmax, not the logarithm of a softmax); bf16 logits
-    are compared in float32, float64 stays float64."""
+    """Logits of 2,000 give finite values and gradients (log_softmax, not the logarithm of a
+    softmax); bf16 logits are compared in float32, float64 stays float64."""
     student = torch.tensor([[2000.0, 0, -2000, 5]]).requires_grad_()
     got = distill.topn_divergence(student, torch.tensor([[0.0, 2000, -2000, 5]]), 3)
     got.sum().backward()
@@ -255,10 +277,12 @@ def test_3_numbers_that_break_a_careless_softmax():
 
 @pytest.mark.parametrize("heads", [[0, 1, 2], [0, 2], [0]], ids=str)
 def test_4_every_column_has_one_target(heads):
-    """hidden[k][:, i] predicts targets[:, i+k]. A column of the result holds what the wanted heads say of one target, window
-    after window, and only targets that all K+1 rows predict. Here each state is the number of its target."""
+    """hidden[k][:, i] predicts targets[:, i+k]. A column of the result holds what the wanted heads
+    say of one target, window after window, and only targets that all K+1 rows predict. Here each
+    state is the number of its target."""
     B, T, K = 2, 5, 2
-    targets = 10 * torch.arange(1, B + 1)[:, None] + torch.arange(T)          # 10 .. 14 and 20 .. 24
+    # 10 .. 14 and 20 .. 24
+    targets = 10 * torch.arange(1, B + 1)[:, None] + torch.arange(T)
     hidden = [targets[:, k:, None].expand(B, T - k, 3).double() for k in range(K + 1)]
     rows, labels = distill.aligned(hidden, targets, heads)
     assert labels.tolist() == [12, 13, 14, 22, 23, 24], "targets K .. T-1 of each window"
@@ -268,7 +292,8 @@ def test_4_every_column_has_one_target(heads):
 
 
 def test_4_the_rows_are_those_of_the_wanted_heads():
-    """`heads` are numbers of rows of the table, 0 the main head: is row r taken from hidden[heads[r]]?"""
+    """`heads` are numbers of rows of the table, 0 the main head: is row r taken from
+    hidden[heads[r]]?"""
     hidden = [torch.full((1, 5 - k, 1), float(k)) for k in range(3)]
     for heads in ([0, 1, 2], [0, 2], [1, 2]):
         rows, _ = distill.aligned(hidden, torch.zeros(1, 5, dtype=torch.long), heads)
@@ -276,7 +301,8 @@ def test_4_the_rows_are_those_of_the_wanted_heads():
 
 
 def test_4_gradients_and_short_windows():
-    """Nothing is detached: each of the rows hands its gradient on; T = K + 1 leaves one target, T = K is an error."""
+    """Nothing is detached: each of the rows hands its gradient on; T = K + 1 leaves one target, T =
+    K is an error."""
     hidden = [waves(1, 3 - k, 2).requires_grad_() for k in range(3)]
     rows, labels = distill.aligned(hidden, torch.tensor([[7, 8, 9]]), [0, 1, 2])
     assert labels.tolist() == [9]
@@ -288,12 +314,14 @@ def test_4_gradients_and_short_windows():
 
 def some_logits(K=2, C=3, V=7):
     logits = (3 * waves(K + 1, C, V)).requires_grad_()
-    return logits, torch.tensor([1, 0, 4, 6, 2][:C]), torch.tensor([1.0, 0.3, 0.2])[: K + 1], torch.tensor([0.5, 0.7])[:K]
+    return logits, torch.tensor(
+        [1, 0, 4, 6, 2][:C]
+    ), torch.tensor([1.0, 0.3, 0.2])[: K + 1], torch.tensor([0.5, 0.7])[:K]
 
 
 def test_4_a_model_that_knows_nothing():
-    """All logits equal: the cross-entropy is ln V for each head, a mean over targets and not a sum, the KL is 0, and
-    the loss is ln V times the sum of alpha."""
+    """All logits equal: the cross-entropy is ln V for each head, a mean over targets and not a sum,
+    the KL is 0, and the loss is ln V times the sum of alpha."""
     _, targets, alpha, beta = some_logits()
     loss, ce, kl = distill.mtp_d_loss(torch.zeros(3, 3, 7), targets, alpha, beta, 3)
     close(ce, [math.log(7)] * 3)
@@ -302,7 +330,8 @@ def test_4_a_model_that_knows_nothing():
 
 
 def test_4_the_cross_entropies():
-    """ce[k] is the mean over targets of minus the log-probability that row k gives to the target."""
+    """ce[k] is the mean over targets of minus the log-probability that row k gives to the
+    target."""
     logits, targets, alpha, beta = some_logits()
     _, ce, _ = distill.mtp_d_loss(logits, targets, alpha, beta, 3)
     log_p = logits.detach().log_softmax(-1)
@@ -312,8 +341,8 @@ def test_4_the_cross_entropies():
 
 @pytest.mark.parametrize("kl_name", ["forward", "reverse"])
 def test_4_the_divergences(kl_name):
-    """kl[k-1] is the mean over targets of topn_divergence between row k, the student, and row 0, the teacher, with the
-    options that were given."""
+    """kl[k-1] is the mean over targets of topn_divergence between row k, the student, and row 0,
+    the teacher, with the options that were given."""
     logits, targets, alpha, beta = some_logits()
     _, _, kl = distill.mtp_d_loss(logits, targets, alpha, beta, 3, kl_name)
     for k in (1, 2):
@@ -321,8 +350,8 @@ def test_4_the_divergences(kl_name):
 
 
 def test_4_the_sum():
-    """The loss is the sum of alpha[k] CE_k over all rows, and of beta[k-1] KL_k over the heads; the parts that are
-    returned beside it carry no gradient."""
+    """The loss is the sum of alpha[k] CE_k over all rows, and of beta[k-1] KL_k over the heads; the
+    parts that are returned beside it carry no gradient."""
     logits, targets, alpha, beta = some_logits()
     loss, ce, kl = distill.mtp_d_loss(logits, targets, alpha, beta, 3)
     close(loss.detach(), alpha @ ce + beta @ kl)
@@ -331,8 +360,8 @@ def test_4_the_sum():
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_4_who_gets_which_gradient(detach):
-    """With the stop-gradient, the main head's logits get the gradient of their own cross-entropy alone; without it,
-    detach_teacher=False must arrive."""
+    """With the stop-gradient, the main head's logits get the gradient of their own cross-entropy
+    alone; without it, detach_teacher=False must arrive."""
     logits, targets, alpha, beta = some_logits()
     distill.mtp_d_loss(logits, targets, alpha, beta, 3, "forward", detach)[0].backward()
     own = (logits.detach()[0].softmax(-1) - F.one_hot(targets, 7)) / 3
@@ -343,7 +372,8 @@ def test_4_who_gets_which_gradient(detach):
 
 
 def test_4_without_distillation_and_without_heads():
-    """top_n = 0 leaves the KL out (kl is 0, and topn_divergence is not called); K = 0 is a plain GPT's loss."""
+    """top_n = 0 leaves the KL out (kl is 0, and topn_divergence is not called); K = 0 is a plain
+    GPT's loss."""
     logits, targets, alpha, beta = some_logits()
     loss, ce, kl = distill.mtp_d_loss(logits, targets, alpha, beta, 0)
     close(loss.detach(), alpha @ ce)
@@ -357,7 +387,9 @@ def test_4_bf16_logits_are_summed_in_float32():
     """Cross-entropies of bf16 logits are computed in float32 (to_float32)."""
     logits, targets, alpha, beta = some_logits()
     low = logits.detach().bfloat16()
-    got, want = (distill.mtp_d_loss(x, targets, alpha.float(), beta.float(), 3)[0] for x in (low, low.float()))
+    weights = alpha.float(), beta.float()
+    got = distill.mtp_d_loss(low, targets, *weights, 3)[0]
+    want = distill.mtp_d_loss(low.float(), targets, *weights, 3)[0]
     assert got.dtype == torch.float32
     close(got, want, 1e-6)
 
@@ -374,9 +406,10 @@ def test_4_bf16_logits_are_summed_in_float32():
     ([[1, 2, 3, 4, 5], [2, 0, 4, 5], [3, 4, 0], [0, 5]], [2, 0]),
     ([[3, 1, 2]], [0, 0, 0])])
 def test_5_how_many_drafts_are_accepted(choices, want):
-    """Head k's choice in row i is compared with the main head's in row i+k, the same target; it counts only if heads
-    1 .. k-1 count too; rows 0 .. T-K-1 have all K drafts."""
-    other = [torch.tensor([row, [8] * len(row)]) for row in choices]       # a second text: all the same
+    """Head k's choice in row i is compared with the main head's in row i+k, the same target; it
+    counts only if heads 1 .. k-1 count too; rows 0 .. T-K-1 have all K drafts."""
+    # a second text: all the same
+    other = [torch.tensor([row, [8] * len(row)]) for row in choices]
     got = decode.accepted_lengths(other)
     assert tuple(got.shape) == (2, len(want)), f"shape {tuple(got.shape)}, not (B, T-K)"
     assert got[0].tolist() == want and got[1].tolist() == [len(choices) - 1] * len(want)
@@ -391,20 +424,24 @@ def test_5_the_choices_stay_as_they_are():
 
 
 @pytest.mark.parametrize("histogram, ar, car", [
-    ([1, 1, 1], [2 / 3, 1 / 2], [2 / 3, 1 / 3]), ([10, 0, 20, 10], [3 / 4, 1, 1 / 3], [3 / 4, 3 / 4, 1 / 4]),
+    ([1, 1, 1], [2 / 3, 1 / 2], [2 / 3, 1 / 3]), (
+        [10, 0, 20, 10], [3 / 4, 1, 1 / 3], [3 / 4, 3 / 4, 1 / 4]
+    ),
     ([0, 0, 5], [1, 1], [1, 1]), ([4, 0, 0], [0, 0], [0, 0]), ([0, 0], [0], [0]), ([3], [], [])])
 def test_5_rates(histogram, ar, car):
-    """AR_k divides the rounds that accepted head k's draft by those that accepted heads 1 .. k-1's, CAR_k by all
-    rounds; 0 where there are none."""
+    """AR_k divides the rounds that accepted head k's draft by those that accepted heads 1 .. k-1's,
+    CAR_k by all rounds; 0 where there are none."""
     got_ar, got_car = decode.rates(histogram)
     assert list(got_ar) == pytest.approx(ar) and list(got_car) == pytest.approx(car)
 
 
 # ---- 6 and 7. accept rules. All randomness of a rule is in `noise`; sample and bernoulli read it
 
-P = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.4, 0.0], [0.25, 0.25, 0.5]])   # row 0, then after d_1 = 0, 1, 2
+# row 0, then after d_1 = 0, 1, 2
+P = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.4, 0.0], [0.25, 0.25, 0.5]])
 Q = torch.tensor([[0.2, 0.2, 0.6], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
-BONUS = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])                  # after d_2 = 0, 1, 2
+# after d_2 = 0, 1, 2
+BONUS = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])
 ROUNDS = 20_000
 
 
@@ -412,12 +449,15 @@ def some_noise(B, K, V, rows=1):
     """the random numbers of a round; `match` takes K+1 rows of V to emit from, the others one"""
     generator = torch.Generator().manual_seed(1)
     shapes = dict(draft=(B, K, V), accept=(B, K), emit=(B, rows, V))
-    numbers = {name: torch.empty(shape).exponential_(generator=generator) for name, shape in shapes.items()}
+    numbers = {
+        name: torch.empty(shape).exponential_(generator=generator) for name, shape in shapes.items()
+    }
     return Noise(**{**dict.fromkeys(Noise._fields), **numbers})
 
 
 def play(rule):
-    """many rounds with K = 2, V = 3 -> accepted (R,), the block of three tokens (R, 3), as far as it was emitted"""
+    """many rounds with K = 2, V = 3 -> accepted (R,), the block of three tokens (R, 3), as far as
+    it was emitted"""
     noise = some_noise(ROUNDS, 2, 3, 3 if rule == "match" else 1)
     if rule == "residual":
         d1 = decode.sample(Q[:1].expand(ROUNDS, 3), noise.draft[:, 0])
@@ -433,9 +473,11 @@ def play(rule):
     accepted, token = decode.RULES[rule](*arguments)
     for x, before in zip((target_probs, draft_probs, drafts, *numbers), kept):
         assert torch.equal(x, before), "a rule must not change its inputs"
-    assert tuple(accepted.shape) == tuple(token.shape) == (ROUNDS,), "accepted and token are (B,) each"
+    assert tuple(accepted.shape) == tuple(token.shape) == (ROUNDS,), (
+        "accepted and token are (B,) each")
     again = decode.RULES[rule](*arguments)
-    assert torch.equal(accepted, again[0]) and torch.equal(token, again[1]), "the only random numbers are those in noise"
+    assert torch.equal(accepted, again[0]) and torch.equal(token, again[1]), (
+        "the only random numbers are those in noise")
     block = torch.cat((drafts, token[:, None]), 1)
     block[torch.arange(ROUNDS), accepted] = token
     return accepted, block, drafts
@@ -447,7 +489,8 @@ def assert_frequencies(tokens, probs, what):
         p = float(probs[v])
         sigma = (p * (1 - p) / len(tokens)) ** 0.5
         found = float((tokens == v).double().mean())
-        assert abs(found - p) <= 6 * sigma + 1e-12, f"{what}: token {v} has {found:.3f}, should be {p:.3f}"
+        assert abs(found - p) <= 6 * sigma + 1e-12, (
+            f"{what}: token {v} has {found:.3f}, should be {p:.3f}")
 
 
 def assert_emits_the_target(rule):
@@ -455,14 +498,20 @@ def assert_emits_the_target(rule):
     assert_frequencies(block[:, 0], P[0], "the first token")
     if rule != "residual":
         for d in range(3):
-            assert_frequencies(block[drafts[:, 0] == d, 0], P[0], f"the first token, where the draft was {d}")
+            assert_frequencies(
+                block[drafts[:, 0] == d, 0], P[0], f"the first token, where the draft was {d}"
+            )
     for first in range(3):
         on = (accepted >= 1) & (block[:, 0] == first)
-        assert_frequencies(block[on, 1], P[1 + first], f"the second token, after an accepted {first}")
+        assert_frequencies(
+            block[on, 1], P[1 + first], f"the second token, after an accepted {first}"
+        )
         for second in range(3):
             both = (accepted == 2) & (block[:, 0] == first) & (block[:, 1] == second)
             if both.any():
-                assert_frequencies(block[both, 2], BONUS[second], f"the bonus token, after {second}")
+                assert_frequencies(
+                    block[both, 2], BONUS[second], f"the bonus token, after {second}"
+                )
 
 
 def assert_accepts(rule, want_first, want_second):
@@ -471,12 +520,14 @@ def assert_accepts(rule, want_first, want_second):
     for d1 in range(3):
         at = drafts[:, 0] == d1
         rate = float((accepted[at] >= 1).double().mean())
-        assert rate == pytest.approx(want_first[d1], abs=3 / int(at.sum()) ** 0.5), f"draft {d1} is accepted"
+        assert rate == pytest.approx(want_first[d1], abs=3 / int(at.sum()) ** 0.5), (
+            f"draft {d1} is accepted")
         for d2 in range(3):
             at = (drafts[:, 0] == d1) & (drafts[:, 1] == d2) & (accepted >= 1)
             if at.any():
                 rate = float((accepted[at] == 2).double().mean())
-                assert rate == pytest.approx(want_second[d1][d2], abs=3 / int(at.sum()) ** 0.5), f"draft {d2} after {d1} is accepted"
+                assert rate == pytest.approx(want_second[d1][d2], abs=3 / int(at.sum()) ** 0.5), (
+                    f"draft {d2} after {d1} is accepted")
 
 
 def assert_certain_token(rule):
@@ -491,27 +542,29 @@ def assert_certain_token(rule):
 
 @pytest.mark.parametrize("rule", ["match", "point"])
 def test_6_the_target_distribution(rule):
-    """Whatever the drafts are, each emitted token has the distribution of its row of target_probs: row a after a
-    accepted drafts; after a rejection `point` may not emit the rejected draft."""
+    """Whatever the drafts are, each emitted token has the distribution of its row of target_probs:
+    row a after a accepted drafts; after a rejection `point` may not emit the rejected draft."""
     assert_emits_the_target(rule)
 
 
 @pytest.mark.parametrize("rule", ["match", "point"])
 def test_6_how_often_a_draft_is_accepted(rule):
-    """A fixed draft is accepted with its probability under the target, and only if all before it were."""
+    """A fixed draft is accepted with its probability under the target, and only if all before it
+    were."""
     assert_accepts(rule, P[0].tolist(), P[1:].tolist())
 
 
 @pytest.mark.parametrize("rule", ["match", "point"])
 def test_6_a_certain_token(rule):
-    """A token of probability 1 is emitted whatever the random numbers are, even where rounding rejects it:
-    residual_probs has the guard for an empty rest."""
+    """A token of probability 1 is emitted whatever the random numbers are, even where rounding
+    rejects it: residual_probs has the guard for an empty rest."""
     assert_certain_token(rule)
 
 
 def test_7_the_target_distribution():
-    """Each emitted token has the distribution of its row of target_probs: from (p - q)+ after a rejection, at the row
-    of the first rejected draft; from row K after none. And the noise that sampled the drafts must not serve again."""
+    """Each emitted token has the distribution of its row of target_probs: from (p - q)+ after a
+    rejection, at the row of the first rejected draft; from row K after none. And the noise that
+    sampled the drafts must not serve again."""
     assert_emits_the_target("residual")
 
 
@@ -522,11 +575,13 @@ def test_7_how_often_a_draft_is_accepted():
 
 
 def test_7_where_p_and_q_are_equal():
-    """p = q leaves no residual; a rejection by rounding must still emit a possible token: residual_probs has the guard."""
+    """p = q leaves no residual; a rejection by rounding must still emit a possible token:
+    residual_probs has the guard."""
     assert_certain_token("residual")
     p = torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(500, 2, 4)
     noise = some_noise(500, 1, 4)
-    noise.accept.zero_()                                           # exp(-0) = 1 is not below p/q = 1
+    # exp(-0) = 1 is not below p/q = 1
+    noise.accept.zero_()
     accepted, token = decode.residual(p, p[:, :1], torch.ones(500, 1, dtype=torch.long), noise)
     assert accepted.eq(0).all() and set(token.tolist()) == {1, 2}
 
@@ -543,7 +598,8 @@ def speculative_round():
 
 
 def every_outcome(monkeypatch, function):
-    """{result: its probability}, over all outcomes of decode.sample and decode.bernoulli, however often they are called"""
+    """{result: its probability}, over all outcomes of decode.sample and decode.bernoulli, however
+    often they are called"""
     found, waiting = defaultdict(float), [[]]
     while waiting:
         path = waiting.pop()
@@ -565,7 +621,9 @@ def every_outcome(monkeypatch, function):
             return choose(torch.stack((1 - yes, yes))).bool().expand(p.shape)
 
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "sample", lambda probs, noise=None: choose(probs).expand(probs.shape[:-1]))
+            patch.setattr(
+                decode, "sample", lambda probs, noise=None: choose(probs).expand(probs.shape[:-1])
+            )
             patch.setattr(decode, "bernoulli", bernoulli)
             result = function()
         found[tuple(int(token) for token in result)] += weight[0]
@@ -574,9 +632,12 @@ def every_outcome(monkeypatch, function):
 
 
 @pytest.mark.parametrize("length, heads", [(4, 0), (4, 1), (4, 2), (1, 2), (10, 2), (11, 2)])
-def test_8_the_next_token_has_the_main_heads_distribution(speculative_round, monkeypatch, length, heads):
-    """Whatever a round emitted before, its next token has the distribution of the main head. Prompts of 1 token (no h^0 for
-    head 1 to read yet) and contexts (12 here) that are nearly full have rounds with fewer drafts, or none."""
+def test_8_the_next_token_has_the_main_heads_distribution(
+    speculative_round, monkeypatch, length, heads
+):
+    """Whatever a round emitted before, its next token has the distribution of the main head.
+    Prompts of 1 token (no h^0 for head 1 to read yet) and contexts (12 here) that are nearly
+    full have rounds with fewer drafts, or none."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2, 0, 1, 1, 2, 0, 0, 1][:length]
     found = every_outcome(monkeypatch, lambda: speculative_round(model, tokens, heads, 3.0))
@@ -587,11 +648,13 @@ def test_8_the_next_token_has_the_main_heads_distribution(speculative_round, mon
             reached = sum(w for block, w in found.items() if len(block) > i and block[:i] == start)
             for v, p in enumerate((logits / 3).softmax(-1).tolist()):
                 begins = sum(w for block, w in found.items() if block[: i + 1] == (*start, v))
-                assert begins == pytest.approx(reached * p, abs=1e-10), f"token {v} after {[*tokens, *start]}"
+                assert begins == pytest.approx(reached * p, abs=1e-10), (
+                    f"token {v} after {[*tokens, *start]}")
 
 
 def test_8_drafts_are_accepted(speculative_round, monkeypatch):
-    """Drafts come from the heads, and are accepted with min(1, p/q): a round that drafts nothing is exact, too, and useless."""
+    """Drafts come from the heads, and are accepted with min(1, p/q): a round that drafts nothing is
+    exact, too, and useless."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2]
     found = every_outcome(monkeypatch, lambda: speculative_round(model, tokens, 2, 3.0))
@@ -604,9 +667,11 @@ def test_8_drafts_are_accepted(speculative_round, monkeypatch):
 
 
 def test_9_a_pair_is_rotated_by_its_angle():
-    """Dimension i and dimension i + hd/2 make a pair (x, y), which becomes (x cos - y sin, y cos + x sin)."""
+    """Dimension i and dimension i + hd/2 make a pair (x, y), which becomes (x cos - y sin, y cos +
+    x sin)."""
     from model import rotate
-    angle = torch.tensor([0.3, 1.1]).repeat(2)                     # of two pairs, for each half of hd = 4
+    # of two pairs, for each half of hd = 4
+    angle = torch.tensor([0.3, 1.1]).repeat(2)
     rope = torch.stack((angle.cos(), angle.sin()))[:, None, None, None]
     got = rotate(torch.tensor([[[[1.0, 0.0, 0.0, 2.0]]]]), rope)   # pairs (1, 0) and (0, 2)
     close(got[0, 0, 0], [math.cos(0.3), -2 * math.sin(1.1), math.sin(0.3), 2 * math.cos(1.1)])
@@ -614,7 +679,8 @@ def test_9_a_pair_is_rotated_by_its_angle():
 
 
 def test_9_only_distances_count():
-    """The product of a query at position p and a key at s depends on p - s alone, and position 0 is not rotated."""
+    """The product of a query at position p and a key at s depends on p - s alone, and position 0 is
+    not rotated."""
     from model import rotate
     model = make_gpt()
     x, y = waves(1, 1, 1, 4), waves(1, 1, 1, 4, start=5.0)
@@ -629,8 +695,9 @@ def test_9_only_distances_count():
 
 
 def test_10_every_divergence():
-    """Each entry of DIVERGENCES is 0 for equal distributions and never negative, works on (.., N), has the gradient that
-    finite differences find, in both arguments, and is finite where probabilities are near 0."""
+    """Each entry of DIVERGENCES is 0 for equal distributions and never negative, works on (.., N),
+    has the gradient that finite differences find, in both arguments, and is finite where
+    probabilities are near 0."""
     log_p, log_q = (3 * waves(4, 6)).log_softmax(-1), (3 * waves(4, 6, start=2.0)).log_softmax(-1)
     for name, divergence in distill.DIVERGENCES.items():
         def of_logits(x, y, divergence=divergence):
@@ -647,13 +714,20 @@ def test_10_every_divergence():
 
 
 def test_10_two_of_the_papers():
-    """Reverse KL and total variation of two coins, by hand: log_p is the student's, log_q the teacher's."""
+    """Reverse KL and total variation of two coins, by hand: log_p is the student's, log_q the
+    teacher's."""
     p, q = torch.tensor([0.25, 0.75]).log(), torch.tensor([0.5, 0.5]).log()
-    assert distill.DIVERGENCES["reverse"](p, q).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert distill.DIVERGENCES["reverse"](p, q).item() == pytest.approx(
+        0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    )
     assert distill.DIVERGENCES["tv"](p, q).item() == pytest.approx(0.25)
 
 
 def test_the_signatures_are_those_of_the_exercises():
     """start and solve keep a function's signature, so the tests above may rely on it."""
-    assert list(inspect.signature(Attention.forward).parameters) == ["self", "x", "positions", "cache"]
-    assert list(inspect.signature(decode.residual).parameters) == ["target_probs", "draft_probs", "drafts", "noise"]
+    assert list(
+        inspect.signature(Attention.forward).parameters
+    ) == ["self", "x", "positions", "cache"]
+    assert list(inspect.signature(decode.residual).parameters) == [
+        "target_probs", "draft_probs", "drafts", "noise"
+    ]

@@ -1,4 +1,5 @@
-"""results/plot.py: what it reads from a log, and that the picture shows it. And the guide's pictures are those of their script."""
+"""results/plot.py: what it reads from a log, and that the picture shows it. And the guide's
+pictures are those of their script."""
 
 import json
 import sys
@@ -29,15 +30,19 @@ def val_row(step, loss, ar):
     return {"step": step, "val": {"loss": [loss, 7.0, 7.0], "ar": ar, "car": ar}}
 
 
-ROWS = [{"config": {}}, train_row(10, 5.0), train_row(20, 4.0), val_row(20, 4.5, [0.5, 0.25]), {"config": {}, "start": 20},
-        train_row(20, 3.5), train_row(30, 3.0), val_row(30, 3.25, [0.75, 0.5])]
+ROWS = [
+    {"config": {}}, train_row(10, 5.0), train_row(20, 4.0), val_row(20, 4.5, [0.5, 0.25]),
+    {"config": {}, "start": 20}, train_row(20, 3.5), train_row(30, 3.0),
+    val_row(30, 3.25, [0.75, 0.5]),
+]
 
 
 def test_the_main_heads_loss_and_the_acceptance_of_each_head(tmp_path, capsys):
     folder = write_log(tmp_path / "a", ROWS, '{"step": 40, "lo')
     found = plot.read_log(folder)
     assert found == plot.read_log(folder / "log.jsonl")
-    assert found["train"] == [(10, 5.0), (20, 3.5), (30, 3.0)]            # the resumed run wrote step 20 again
+    # the resumed run wrote step 20 again
+    assert found["train"] == [(10, 5.0), (20, 3.5), (30, 3.0)]
     assert found["val"] == [(20, 4.5), (30, 3.25)]
     assert found["ar"] == [(20, [0.5, 0.25]), (30, [0.75, 0.5])]
     assert "line 9: not a whole row, left out" in capsys.readouterr().out
@@ -50,14 +55,18 @@ def test_the_picture(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"wrote {first / 'plot.svg'}\n"
     svg = ET.parse(first / "plot.svg").getroot()
     lines = [line for line in svg.iter(f"{SVG}polyline") if line.get("points")]
-    assert len(lines) == 2 + 2 + 1                                        # train, val, two heads; train alone
+    # train, val, two heads; train alone
+    assert len(lines) == 2 + 2 + 1
     assert [text.text for text in svg.iter(f"{SVG}text")][-2:] == [str(first), str(second)]
     points = [[float(v) for v in p.split(",")] for p in lines[0].get("points").split()]
-    assert points[0][0] < points[1][0] < points[2][0] and points[0][1] < points[1][1] < points[2][1]     # the loss falls
+    # the loss falls
+    assert points[0][0] < points[1][0] < points[2][0] and points[0][1] < points[1][1] < points[2][1]
     assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.2)
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (2.9, 5.2), (0, 3000), (0.6421, 0.6433), (-3.0, 1e5)])
+@pytest.mark.parametrize(
+    "low, high", [(0.0, 1.0), (2.9, 5.2), (0, 3000), (0.6421, 0.6433), (-3.0, 1e5)]
+)
 def test_ticks_are_a_few_round_numbers_inside(low, high):
     found = plot.ticks(low, high)
     assert 2 <= len(found) <= 12 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
@@ -65,9 +74,12 @@ def test_ticks_are_a_few_round_numbers_inside(low, high):
 
 def test_what_can_not_be_drawn_is_said(tmp_path, monkeypatch):
     empty = write_log(tmp_path / "empty", ROWS[:1])
-    for arguments, found in [([tmp_path / "none"], "there is no log at"), ([empty], "has no rows yet"),
-                             ([empty] * 7, "got 7 runs; one picture shows 6"),
-                             ([write_log(tmp_path / "a", ROWS), "--svg", tmp_path / "no/such.svg"], "could not write")]:
+    full = write_log(tmp_path / "a", ROWS)
+    for arguments, found in [
+        ([tmp_path / "none"], "there is no log at"), ([empty], "has no rows yet"),
+        ([empty] * 7, "got 7 runs; one picture shows 6"),
+        ([full, "--svg", tmp_path / "no/such.svg"], "could not write"),
+    ]:
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
         with pytest.raises(UserError, match=found):
             plot.main()
