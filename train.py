@@ -82,7 +82,7 @@ class TrainConfig:
                                "--resume: as before")
     batch_size: int = flag(32, "windows of T tokens per optimizer step, over all GPUs", min=1)
     micro_batch: int = flag(0, "windows per forward; fewer need less memory and give the same "
-                            "result (but for dropout); 0: all at once")
+                            "result (but for dropout); 0: as many as fit")
     lr: float = flag(1e-3, "peak learning rate (AdamW)")
     min_lr: float = flag(0.1, "final learning rate, as a fraction of the peak", max=1)
     warmup: int = flag(100, "steps of linear warm-up")
@@ -318,7 +318,7 @@ def pick_loss(cfg, device, dtype):
             return loss.loss_and_grad, "fused (fast/loss.py)"
         if cfg.fast == "on":
             raise UserError(f"--fast on can't run here: {why}; use --fast auto or off")
-    if not compiles(cfg, device):
+    if pick_compile(cfg, device) == "off":
         return distill.loss_and_grad, f"plain (distill.py; {why})"
     compiled = torch.compile(distill.mtp_d_loss, dynamic=False)
     return partial(distill.loss_and_grad, loss=compiled), f"plain, compiled (distill.py; {why})"
@@ -356,6 +356,8 @@ def compile_model(model, cfg, tokens, dtype):
                 detach_teacher=cfg.detach_teacher, grad_function=grad_function,
             )
         loss.backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no compiler, no Triton, an old GPU: the reasons are many
         if cfg.compile != "auto" or cfg.fast == "on":
             raise
@@ -365,6 +367,24 @@ def compile_model(model, cfg, tokens, dtype):
         grad_function, why = distill.loss_and_grad, "plain (distill.py)"
     model.zero_grad(set_to_none=True)
     return grad_function, why
+
+
+def try_step(model, cfg, train_ids, dtype):
+    """-> windows per forward, which are --micro_batch, or as many as fit into the GPU's memory; and
+    what compile_model returns"""
+    share = cfg.batch_size // processes()[1]           # of this process
+    size = cfg.micro_batch or share
+    while True:
+        tokens = get_batch(train_ids, [0] * size, cfg.block_size, model.weight.device)
+        # AdamW will need twice the size of the weights, too
+        room = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        try:
+            return size, *compile_model(model, cfg, tokens, dtype)
+        except torch.OutOfMemoryError:
+            if cfg.micro_batch or size == 1:
+                raise
+        del room
+        size = max(s for s in range(1, size // 2 + 1) if share % s == 0)
 
 
 def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
@@ -399,26 +419,21 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
 
 
 def train(model, cfg, train_ids, val_ids, meta, state=None):
-    """
-    train `model` up to step cfg.steps; only what requires a gradient moves (see extend.py)
-
-    state   entries of the checkpoint: those of the one to continue from, or more for a new run's
-    -> the last evaluation (see evaluate); None on all ranks but 0
-    """
+    """train `model` up to step cfg.steps; only what requires a gradient moves (see extend.py).
+    `state` are entries of the checkpoint: all of the one to continue from, or more for a new run's
+    -> the last evaluation (see evaluate); None on all ranks but 0"""
     rank, world = processes()
     device = model.weight.device
     dtype, _ = pick_dtype(cfg.dtype, device)
-    micro_batch = cfg.micro_batch or cfg.batch_size // world
     state = {"step": 0, "best_loss": math.inf, **(state or {})}
     start = state["step"]
 
     # optimizer, compiled model, processes
     optimizer = make_optimizer(model, cfg, state.get("optimizer"))
     if start < cfg.steps:
-        trial = get_batch(train_ids, [0] * micro_batch, cfg.block_size, device)
-        grad_function, why = compile_model(model, cfg, trial, dtype)
+        micro_batch, grad_function, why = try_step(model, cfg, train_ids, dtype)
         if rank == 0:
-            print(f"loss: {why}")
+            print(f"loss: {why}; {micro_batch} windows per forward")
     net = model
     if world > 1:
         alpha, beta = head_weights(cfg)

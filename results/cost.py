@@ -105,7 +105,7 @@ def training(cases, steps=20, vocab=50304, preset="gpt2", **changes):
 
 def d512(windows):
     return dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=windows,
-                micro_batch=windows, compile="model")
+                micro_batch=windows, compile="blocks")
 
 
 WITHOUT_KL = [bench.Case(0), bench.Case(1), bench.Case(2), bench.Case(4)]
@@ -115,14 +115,14 @@ PARTS = {                                                 # name: (title of its 
     "extension": ("extension, 8 layers d=512 T=512, 16 windows", extension),
     "heads": (
         "heads, 124M T=1024, 12 windows",
-        training([*WITHOUT_KL, bench.Case(4, 0.5, 512)], compile="model"),
+        training([*WITHOUT_KL, bench.Case(4, 0.5, 512)], compile="blocks"),
     ),
     "plain": (
         "plain GPT, 124M T=1024, 12 windows, whole model compiled",
         training([bench.Case(0)], compile="model"),
     ),
     "memory": (
-        "124M T=1024, 8 windows", training([bench.Case(4)], compile="model", micro_batch=8),
+        "124M T=1024, 8 windows", training([bench.Case(4)], compile="blocks", micro_batch=8),
     ),
     "decoding": ("decoding", decoding),
     "shapes": ("rounds of two shapes, V=2048, T=128, random weights", shapes),

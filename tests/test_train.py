@@ -897,6 +897,27 @@ def test_compile_asked_for_by_name_raises(data, tmp_path, monkeypatch, mode):
             fit(config(data, tmp_path, compile=mode))
 
 
+def test_as_many_windows_as_fit_into_memory(data, tmp_path, monkeypatch):
+    """and a --micro_batch that was asked for is never changed"""
+    def compile_model(model, cfg, tokens, dtype):
+        tried.append(len(tokens))
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "function", "why"
+    monkeypatch.setattr(train, "compile_model", compile_model)
+    train_ids, _, meta = train.load_dataset(data)
+    cfg = config(data, tmp_path, batch_size=12, micro_batch=0)
+    model = train.new_model(cfg, meta["vocab_size"])
+    tried = []
+    assert train.try_step(model, cfg, train_ids, torch.float32) == (3, "function", "why")
+    assert tried == [12, 6, 3]
+    tried = []
+    cfg.micro_batch = 6
+    with pytest.raises(torch.OutOfMemoryError):
+        train.try_step(model, cfg, train_ids, torch.float32)
+    assert tried == [6]
+
+
 def test_which_parts_are_compiled(data, tmp_path):
     cuda = torch.device("cuda")
     for mode in ("off", "blocks", "model"):
