@@ -58,9 +58,9 @@ def freeze_all_but(model, heads):
         model.heads[k].requires_grad_(True)
 
 
-# flags of train.py that are flags here, too. The first of them have no effect without steps
-TRAINING = ("lr", "batch_size", "micro_batch", "eval_every", "seed", "fast", "compile")
-FLAGS = (*TRAINING, "steps", "out", "data", "beta", "eval_windows", "device")
+# flags of train.py that are flags here, too
+FLAGS = ("steps", "lr", "beta", "batch_size", "micro_batch", "data", "seed", "eval_every",
+         "eval_windows", "out", "device", "fast", "compile")
 
 
 def extension_config(base, given, plan, n):
@@ -92,10 +92,6 @@ def new_weights(old, n):
 
 def begin(path, given, heads):
     """a new extension -> (looped model, entries of its checkpoint, TrainConfig)"""
-    useless = [f"--{name}" for name in TRAINING if name in given and given.get("steps") == 0]
-    if useless:
-        raise UserError(f"{', '.join(useless)} has no effect with --steps 0, which only copies; "
-                        "leave it out")
     model, meta = load_checkpoint(path)
     m = model.config.n_mtp
     n = heads or 2 * m

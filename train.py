@@ -77,7 +77,7 @@ class TrainConfig:
     dropout: float = flag(0.0, "dropout rate")
     embed_std: float = flag(0.02, "std of the embedding's initial weights; more for narrow models")
     # optimisation
-    steps: int = flag(1000, "optimizer steps")
+    steps: int = flag(1000, "optimizer steps; 0: only evaluate and save")
     schedule_steps: int = flag(0, "steps of the schedule of --lr and the KL; 0: --steps; with "
                                "--resume: as before")
     batch_size: int = flag(32, "windows of T tokens per optimizer step, over all GPUs", min=1)
@@ -136,8 +136,6 @@ def make_config(given):
     if cfg.tokenizer and (Path(cfg.data) / "meta.json").exists():
         raise UserError(f"--tokenizer {cfg.tokenizer} has no effect: {cfg.data} is already "
                         "tokenized; leave the flag out, or give the text itself as --data")
-    if cfg.steps == 0:
-        raise UserError("--steps is 0; it must be at least 1")
     return check(cfg)
 
 
@@ -393,7 +391,6 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
     for group in optimizer.param_groups:
         group["lr"] = lr_at(cfg, step)
     alpha, beta = head_weights(cfg)
-    chunk = 2**28 if model.weight.is_cuda else 2**21           # a CPU has small caches
     total = 0
     for i, tokens in enumerate(parts):
         # for DDP: processes average their gradients once, at the last micro-batch
@@ -403,7 +400,8 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
             loss, ce, kl = distill.mtp_loss(
                 hidden, model.weight, tokens[:, 1:], alpha=alpha, beta=beta,
                 ramp=ramp_at(cfg, step), top_n=cfg.top_n, kl=cfg.kl,
-                detach_teacher=cfg.detach_teacher, chunk_logits=chunk, grad_function=grad_function,
+                detach_teacher=cfg.detach_teacher, grad_function=grad_function,
+                chunk_logits=2**28 if model.weight.is_cuda else 2**21,     # a CPU has small caches
             )
         (loss / len(parts)).backward()
         total = total + torch.cat((loss.detach()[None], ce, kl)) / len(parts)

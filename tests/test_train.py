@@ -88,7 +88,8 @@ def largest_difference(model, other):
     """between weights of one name"""
     theirs = dict(other.named_parameters())
     names = [name for name, _ in model.named_parameters() if name in theirs]
-    return max(float((model.get_parameter(name) - theirs[name]).abs().max()) for name in names)
+    return max(float((model.get_parameter(name) - theirs[name]).detach().abs().max())
+               for name in names)
 
 
 def same(model, other):
@@ -382,6 +383,15 @@ def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
     call(monkeypatch, "--resume", tmp_path / "better.pt", *more)
     meta = common.load_checkpoint(tmp_path / "more/ckpt.pt")[1]
     assert (meta["step"], meta["best_loss"]) == (7, 0.5)
+
+
+def test_no_steps_write_the_untrained_model(data, tmp_path, monkeypatch):
+    call(monkeypatch, *flags(data, tmp_path, steps=0))
+    model, meta = common.load_checkpoint(tmp_path / "ckpt.pt")
+    assert meta["step"] == 0 and [row["step"] for row in log_rows(tmp_path)[1:]] == [0]
+    assert same(model, new_model(config(data, tmp_path)))
+    with pytest.raises(common.UserError, match="no optimizer state"):
+        call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
 
 
 def test_a_run_at_its_end_is_evaluated_again(data, tmp_path, monkeypatch, capsys):
@@ -679,7 +689,7 @@ def test_weights_of_the_heads():
 @pytest.mark.parametrize("given,message", [
     ({"preset": "huge"}, "--preset is 'huge'; it must be one of tiny"),
     ({"kl": "js"}, "--kl is 'js'; it must be one of forward"), ({"compile": "yes"}, "--compile"),
-    ({"dtype": "float8"}, "--dtype"), ({"steps": -1}, "--steps is -1"), ({"steps": 0}, "--steps"),
+    ({"dtype": "float8"}, "--dtype"), ({"steps": -1}, "--steps is -1"),
     ({"batch_size": 0}, "--batch_size is 0"), ({"eval_every": 0}, "--eval_every"),
     ({"eval_windows": 0}, "--eval_windows"), ({"log_every": 0}, "--log_every"),
     ({"warmup": -1}, "--warmup"), ({"clip": -1.0}, "--clip"),
