@@ -399,7 +399,7 @@ def test_each_rule_emits_the_target_distribution_and_accepts_as_often_as_it_shou
             d.append(tree.sample(q[i], None) if rule == "residual" else q[i].argmax(-1))
         p = torch.stack([P[i][tuple(d[:i])].expand(rows, V) for i in range(K + 1)], 1)
         d = torch.stack(d, 1)
-        noise = decode.make_noise(rule, rows, K, torch.zeros(V, 1))       # Branches reads none of it
+        noise = decode.make_noise(rule, rows, K, torch.zeros(V, 1))    # Branches reads none of it
         a, y = decode.RULES[rule](p, torch.stack(q, 1), d, noise)
         blocks = []
         for drafts, n, token in zip(d.tolist(), a.tolist(), y.tolist()):
