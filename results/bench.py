@@ -298,9 +298,9 @@ def check_decoding(checkpoint, prompts, cfg):
         raise UserError(f"no continuation is longer than {cfg.tokens} tokens, so the acceptance of "
                         f"{path}'s {model.config.n_mtp} heads can't be measured: give more "
                         "--tokens or shorter prompts")
+    small = dataclasses.replace(cfg, fast="off")          # without the kernels of a fast decoder
     for heads in [0, *counts]:
-        options = [heads, 1.0, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
-        decode.check_request(model, prompts, cfg.tokens, *options)
+        make_decoder(model, prompts, small, heads)        # it checks the flags
 
 
 def head_counts(K, wanted):
