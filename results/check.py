@@ -10,7 +10,7 @@ A record (tiny/check.json, tiny/check-quick.json) holds the results of several s
 trains once more, with a seed that is not among them, and compares every measure of the evaluation.
 
 What is allowed: the range of the recorded runs, widened at both ends by SPREAD of their standard
-deviations. Where a measure is normally distributed over seeds, a new seed is outside that in 0.3 %
+deviations. If a measure is normally distributed over seeds, a new seed has it outside that in 0.3 %
 of all cases with 9 recorded runs (1.1 % with 6; simulated). Other processors and libraries round
 differently, and training amplifies the last bit until the same seed differs about as much as
 another one does. So one more run is in the record: the first seed again, in one thread and without
