@@ -38,7 +38,7 @@ for b, a in enumerate(accepted.tolist()):
     probs = target_probs[b, a]
     if a < K:
         probs = residual_probs(probs, draft_probs[b, a])
-    token[b] = sample(probs, noise.emit[b, 0])
+    token[b] = sample(probs, noise.emit[b])
 return accepted, token
 """
 
@@ -326,10 +326,11 @@ return {last}
     (6, "decode.py::match", True, """
 K = drafts.shape[1]
 accepted = torch.zeros(len(drafts), dtype=torch.long)
-token = sample(target_probs[:, 0], noise.emit[:, 0])
+emit = noise.numbers.view(target_probs.shape)
+token = sample(target_probs[:, 0], emit[:, 0])
 for k in range(K):
     on = (accepted == k) & (token == drafts[:, k])
-    token = torch.where(on, sample(target_probs[:, k + 1], noise.emit[:, k + 1]), token)
+    token = torch.where(on, sample(target_probs[:, k + 1], emit[:, k + 1]), token)
     accepted = accepted + on.long()
 return accepted, token
 """),
@@ -344,11 +345,11 @@ probs = select_row(target_probs, accepted).clone()
 for b in torch.nonzero(accepted < K).flatten().tolist():
     if probs[b].max() < 1:
         probs[b, drafts[b, accepted[b]]] = 0
-return accepted, sample(probs, noise.emit[:, 0])
+return accepted, sample(probs, noise.emit)
 """),
     # the same random numbers at each row; the token of row 0, of row K; one draft at most
     *[(6, "decode.py::match", False, f"""
-tokens = sample(target_probs, noise.emit{noise})
+tokens = sample(target_probs, noise.numbers.view_as(target_probs){noise})
 accepted = num_accepted(tokens[:, :-1] == drafts){more}
 return accepted, {token}
 """) for noise, more, token in [
@@ -363,21 +364,21 @@ return accepted, select_row(tokens, accepted)
     (6, "decode.py::point", False, """
 p = of_drafts(target_probs[:, :-1], drafts)
 accepted = num_accepted(bernoulli(p, noise.accept))
-return accepted, sample(select_row(target_probs, accepted), noise.emit[:, 0])
+return accepted, sample(select_row(target_probs, accepted), noise.emit)
 """),
     (6, "decode.py::point", False, """
 p = of_drafts(target_probs[:, :-1], drafts)
 accepted = bernoulli(p, noise.accept).sum(1)
 hot = F.one_hot(drafts, target_probs.size(-1)).to(p.dtype)
 probs = torch.cat((residual_probs(target_probs[:, :-1], hot), target_probs[:, -1:]), 1)
-return accepted, sample(select_row(probs, accepted), noise.emit[:, 0])
+return accepted, sample(select_row(probs, accepted), noise.emit)
 """),
     (6, "decode.py::point", False, """
 p = of_drafts(target_probs[:, :-1], drafts)
 accepted = num_accepted(bernoulli(p, noise.accept))
 rest = target_probs[:, :-1].scatter(-1, drafts.unsqueeze(-1), 0.0)
 probs = torch.cat((rest, target_probs[:, -1:]), 1)
-return accepted, sample(select_row(probs, accepted), noise.emit[:, 0])
+return accepted, sample(select_row(probs, accepted), noise.emit)
 """),
     # ---- 7
     (7, "decode.py::residual", True, RESIDUAL),
@@ -386,7 +387,7 @@ batch, K = drafts.shape
 everything = []
 for k in range(K + 1):
     probs = target_probs[:, k] if k == K else residual_probs(target_probs[:, k], draft_probs[:, k])
-    everything.append(sample(probs, noise.emit[:, 0]))
+    everything.append(sample(probs, noise.emit))
 uniform = (-noise.accept).exp()
 ok = uniform * of_drafts(draft_probs, drafts) < of_drafts(target_probs[:, :K], drafts)
 accepted = (ok.long().cumsum(1) == torch.arange(1, K + 1)).sum(1)
@@ -402,7 +403,7 @@ for k in reversed(range(K)):
     ok = bernoulli((p.gather(1, x) / q.gather(1, x))[:, 0], noise.accept[:, k])
     accepted = torch.where(ok, accepted, k)
     probs = torch.where(ok[:, None], probs, residual_probs(p, q))
-return accepted, sample(probs, noise.emit[:, 0])
+return accepted, sample(probs, noise.emit)
 """),
     # p and q swapped; accepted as a fixed draft; emits from p; |p - q|; the drafts' noise again;
     # goes on after a rejection; no guard where p = q; one number for all drafts; row K-1 for row K
@@ -411,7 +412,7 @@ return accepted, sample(probs, noise.emit[:, 0])
         ("bernoulli(p / q", "bernoulli(p"),
         ("if a < K", "if False"),
         ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).abs()"),
-        ("noise.emit[b, 0]", "noise.draft[b, min(a, K - 1)]"),
+        ("noise.emit[b]", "noise.draft[b, min(a, K - 1)]"),
         ("alive & ", ""),
         ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).clamp(min=0)"),
         ("noise.accept[:, k]", "noise.accept[:, 0]"),

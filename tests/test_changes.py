@@ -90,7 +90,7 @@ CHANGES = {
         def lenient(target_probs, draft_probs, drafts, noise):
             top = target_probs[:, :-1].topk(2, dim=-1).indices             # (B, K, 2)
             accepted = num_accepted((top == drafts.unsqueeze(-1)).any(-1))
-            return accepted, sample(select_row(target_probs, accepted), noise.emit[:, 0])
+            return accepted, sample(select_row(target_probs, accepted), noise.emit)
 
 
         RULES["lenient"] = lenient

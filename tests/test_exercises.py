@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 import decode
 import distill
-from decode import Noise
 from model import GPT, Attention, Cache, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -445,20 +444,17 @@ BONUS = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7]])
 ROUNDS = 20_000
 
 
-def some_noise(B, K, V, rows=1):
-    """the random numbers of a round; `match` takes K+1 rows of V to emit from, the others one"""
-    generator = torch.Generator().manual_seed(1)
-    shapes = dict(draft=(B, K, V), accept=(B, K), emit=(B, rows, V))
-    numbers = {
-        name: torch.empty(shape).exponential_(generator=generator) for name, shape in shapes.items()
-    }
-    return Noise(**{**dict.fromkeys(Noise._fields), **numbers})
+def some_noise(rule, B, K, V):
+    """the random numbers of a round"""
+    noise = decode.make_noise(rule, B, K, torch.zeros(V, 1))
+    noise.numbers.exponential_(generator=torch.Generator().manual_seed(1))
+    return noise
 
 
 def play(rule):
     """many rounds with K = 2, V = 3 -> accepted (R,), the block of three tokens (R, 3), as far as
     it was emitted"""
-    noise = some_noise(ROUNDS, 2, 3, 3 if rule == "match" else 1)
+    noise = some_noise(rule, ROUNDS, 2, 3)
     if rule == "residual":
         d1 = decode.sample(Q[:1].expand(ROUNDS, 3), noise.draft[:, 0])
         d2 = decode.sample(Q[1 + d1], noise.draft[:, 1])
@@ -468,10 +464,10 @@ def play(rule):
     draft_probs = torch.stack((Q[0].expand(ROUNDS, 3), Q[1 + d1]), 1)
     target_probs = torch.stack((P[0].expand(ROUNDS, 3), P[1 + d1], BONUS[d2]), 1)
     arguments = target_probs, draft_probs if rule == "residual" else None, drafts, noise
-    numbers = noise.draft, noise.accept, noise.emit
-    kept = [x.clone() for x in (target_probs, draft_probs, drafts, *numbers)]
+    inputs = target_probs, draft_probs, drafts, noise.numbers
+    kept = [x.clone() for x in inputs]
     accepted, token = decode.RULES[rule](*arguments)
-    for x, before in zip((target_probs, draft_probs, drafts, *numbers), kept):
+    for x, before in zip(inputs, kept):
         assert torch.equal(x, before), "a rule must not change its inputs"
     assert tuple(accepted.shape) == tuple(token.shape) == (ROUNDS,), (
         "accepted and token are (B,) each")
@@ -533,9 +529,9 @@ def assert_accepts(rule, want_first, want_second):
 def assert_certain_token(rule):
     p = F.one_hot(torch.tensor([[3, 3]]), 5).double()
     for value in (0.0, 1e-9, 1.0, 50.0):
-        noise = some_noise(1, 1, 5, 2 if rule == "match" else 1)
+        noise = some_noise(rule, 1, 1, 5)
+        noise.numbers.fill_(value + 0.1)
         noise.accept.fill_(value)
-        noise.emit.fill_(value + 0.1)
         _, token = decode.RULES[rule](p, p[:, :1], torch.tensor([[3]]), noise)
         assert token.tolist() == [3]
 
@@ -579,7 +575,7 @@ def test_7_where_p_and_q_are_equal():
     residual_probs has the guard."""
     assert_certain_token("residual")
     p = torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(500, 2, 4)
-    noise = some_noise(500, 1, 4)
+    noise = some_noise("residual", 500, 1, 4)
     # exp(-0) = 1 is not below p/q = 1
     noise.accept.zero_()
     accepted, token = decode.residual(p, p[:, :1], torch.ones(500, 1, dtype=torch.long), noise)
