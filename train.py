@@ -614,6 +614,12 @@ def new_model(cfg, vocab_size):
     return GPT(model_config(cfg, vocab_size))
 
 
+NEXT = """next:
+  python decode.py {ckpt} --trace            who drafted each token
+  python extend.py {ckpt} --heads {heads}        more heads, copied from these
+  python results/bench.py decode {ckpt}      how much faster?"""
+
+
 def main():
     resume_help = "continue from this checkpoint; its config is used, except for flags given here"
     given, rest = parse(TrainConfig, __doc__, [
@@ -645,9 +651,11 @@ def main():
         model = new_model(cfg, meta["vocab_size"])
     model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     if rank == 0:
+        counts = model.count_parameters().items()
+        parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts)
         print(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}, writing to "
-              f"{cfg.out}\nparameters: {model.count_parameters()}; data: {len(train_ids):,} train "
-              f"and {len(val_ids):,} val tokens of {meta['source']}")
+              f"{cfg.out}\nparameters: {parts}\ndata: {len(train_ids):,} train and "
+              f"{len(val_ids):,} val tokens of {meta['source']}")
 
     # train, and show what came of it
     result = train(model, cfg, train_ids, val_ids, meta, state)
@@ -656,6 +664,8 @@ def main():
               f"{table(result, meta)}")
         if cfg.block_size > 1:     # else no room is left for a prompt and its continuation
             print(sample(model.eval(), val_ids, meta))
+        if cfg.n_mtp:
+            print(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
         if rest["json"]:
             print(json.dumps(result))
     if world > 1:

@@ -1,8 +1,8 @@
 """Text -> token files. Makes a dataset folder with train.bin, val.bin (ids, uint16 little-endian)
 and meta.json.
 
-    python data/prepare.py                            stories: the books in this folder, bpe:2048
-    python data/prepare.py python                     this Python's standard library, bpe:2048
+    python data/prepare.py                            stories: the books in this folder, bpe:1024
+    python data/prepare.py python                     this Python's standard library, bpe:4096
     python data/prepare.py python+packages            the same and the installed packages' .py files
     python data/prepare.py shakespeare                TinyShakespeare (1.1 MB download), bytes
     python data/prepare.py fineweb-edu --shards 10    10 x 100M GPT-2 tokens (200 MB each), of 99
@@ -56,7 +56,7 @@ VAL_FRACTION = 0.05     # of the documents
 TRAIN_CHARACTERS = 0.9  # of the text, when the split is by position; nanoGPT's numbers
 # README.md says what they are
 STORIES = (HERE / "stories.train.txt.xz", HERE / "stories.val.txt.xz")
-DEFAULT_TOKENIZER = {"stories": "bpe:2048", "python": "bpe:2048", "python+packages": "bpe:2048",
+DEFAULT_TOKENIZER = {"stories": "bpe:1024", "python": "bpe:4096", "python+packages": "bpe:2048",
                      "shakespeare": "bytes", "fineweb-edu": "gpt2"}
 PATH_TOKENIZER = "bpe:4096"
 # folders left out of the Python sources. tests repeat one call with many literals; encodings,

@@ -268,10 +268,10 @@ def test_the_bundled_stories_are_the_same_everywhere(tmp_path):
 
 def test_stories_are_the_default(tmp_path):
     import train
-    assert train.TrainConfig.data == "stories" and train.PRESETS["tiny"]["tokenizer"] == "bpe:2048"
+    assert train.TrainConfig.data == "stories" and train.PRESETS["tiny"]["tokenizer"] == "bpe:1024"
     assert "data" not in train.PRESETS["tiny"]
     small = train.PRESETS["small"]
-    assert (small["data"], small["tokenizer"]) == ("python", "bpe:8192")
+    assert (small["data"], small["tokenizer"]) == ("python", "bpe:4096")
     (tmp_path / "v.txt").write_text("another validation text", encoding="utf-8")
     folder = P.prepare("stories", "bytes", tmp_path / "out", val=tmp_path / "v.txt", quiet=True)
     _, val, meta = P.load_dataset(folder)
@@ -591,7 +591,7 @@ def test_command_line(tmp_path):
         assert bad.stderr.splitlines()[-1].startswith("prepare.py: ")
     usage = run("-h")
     assert usage.returncode == 0
-    for word in ("--shards", "--val", "--sample_mb", "bpe:2048"):
+    for word in ("--shards", "--val", "--sample_mb", "bpe:1024"):
         assert word in usage.stdout
 
 

@@ -633,7 +633,7 @@ def test_cards_are_emulated_timed_and_printed(small_card, monkeypatch, capsys):
 
 def test_a_vocabulary_is_that_of_the_presets_tokenizer():
     sizes = {name: cards.vocabulary(train.make_config(dict(preset=name))) for name in train.PRESETS}
-    assert sizes["tiny"] == 2048 and sizes["gpt2"] == 50257 and sizes["shakespeare"] == 257
+    assert sizes["tiny"] == 1024 and sizes["gpt2"] == 50257 and sizes["shakespeare"] == 257
 
 
 # -----------------------------------------------------------------------------
