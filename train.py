@@ -47,8 +47,8 @@ PRESETS = {
         batch_size=8, steps=700, lr=3e-3, warmup=40, eval_every=350, eval_windows=128,
     ),
     "small": dict(
-        data="python", tokenizer="bpe:4096", n_layer=40, n_head=4, n_embd=256, dropout=0.1,
-        steps=1500, lr=2e-3, eval_every=500,
+        data="python", tokenizer="bpe:4096", n_layer=32, n_head=4, n_embd=256, dropout=0.1,
+        steps=1200, lr=2e-3, eval_every=600,
     ),
     "shakespeare": dict(
         data="shakespeare", dropout=0.2, batch_size=64, steps=2000, eval_windows=10000,
