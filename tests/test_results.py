@@ -1,11 +1,11 @@
 """results/: acceptance by entropy against slow loops, the tables' arithmetic, logs that were cut
 off in a line, the check, what heads cost, and what fits on which card."""
-import _thread
 import ast
 import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -310,7 +310,7 @@ def start(monkeypatch, tmp_path, *argv):
     reproduce.run(reproduce.main)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there a waiting thread can not be interrupted")
+@pytest.mark.skipif(os.name == "nt", reason="no pthread_kill there")
 def test_ctrl_c_keeps_the_rows_and_starts_no_other_command(tmp_path, monkeypatch):
     calls, stopped = [], threading.Event()
 
@@ -322,7 +322,8 @@ def test_ctrl_c_keeps_the_rows_and_starts_no_other_command(tmp_path, monkeypatch
     def run(command, **_):
         calls.append(command)
         if len(calls) == 2:
-            _thread.interrupt_main()             # as a terminal does: it ends the command, too
+            # Ctrl-C in a terminal: it ends the command, too
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             stopped.wait(20)
         return SimpleNamespace(returncode=len(calls) - 1, stdout="[1.0]", stderr="interrupted")
     monkeypatch.setattr(subprocess, "run", run)
