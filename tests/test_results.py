@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,6 +323,7 @@ def test_ctrl_c_keeps_the_rows_and_starts_no_other_command(tmp_path, monkeypatch
     def run(command, **_):
         calls.append(command)
         if len(calls) == 2:
+            time.sleep(0.2)                      # by now the main thread waits
             # Ctrl-C in a terminal: it ends the command, too
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             stopped.wait(20)
