@@ -155,7 +155,7 @@ def change(folder, name):
 def python(folder, *arguments):
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, encoding="utf-8",
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -290,7 +290,7 @@ def check_solution(folder, number, function, body):
     )
     done = subprocess.run(
         [sys.executable, "tests/lab.py", "check", str(number)], cwd=folder, capture_output=True,
-        text=True, encoding="utf-8", errors="replace", timeout=120,
+        text=True, encoding="utf-8", errors="replace", timeout=600,
     )
     shutil.rmtree(folder)
     return done.returncode, done.stdout + done.stderr
@@ -444,7 +444,7 @@ def small_run(code, name, *flags):
         (code / "text.txt").write_text(text, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, *SMALL_RUN.split(), "--out", f"out/{name}", *flags], cwd=code,
-        capture_output=True, text=True, encoding="utf-8", timeout=300,
+        capture_output=True, text=True, encoding="utf-8", timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
