@@ -6,6 +6,7 @@ log, errors.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from data.errors import UserError, printable
+from data.temporary import leftovers, temporary
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -61,7 +63,11 @@ def check_flags(cfg):
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         low, high, choices = field.metadata["limits"]
-        if choices:
+        number = isinstance(value, int) and field.type is float
+        if not isinstance(value, field.type) and not number:
+            good = False
+            expected = f"a {field.type.__name__}"
+        elif choices:
             good = value in choices
             expected = "one of " + ", ".join(filter(None, choices))
         elif isinstance(value, str):
@@ -140,18 +146,22 @@ def writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        full = getattr(error, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT)
+        space = "free some space, or " if full else ""
         raise UserError(f"could not write {path} ({error}); what was there before is unchanged: "
-                        "free some space, or choose another folder with --out") from None
+                        f"{space}choose another folder with --out") from None
 
 
 def save_checkpoint(path, model, **meta):
     """one file of tensors and plain values (torch.load(weights_only=True) opens it). It is written
     beside and then renamed: whatever happens during the write, a complete checkpoint stays there"""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # its own, if two runs share a folder
+    part = temporary(path, "part")             # its own, if two runs share a folder
     config = dataclasses.asdict(model.config)
     content = {"format": "mtp-d-1", "config": config, "model": model.state_dict(), **meta}
     with writing(path):
+        for left in leftovers(path, "part"):   # of runs that were killed
+            left.unlink(missing_ok=True)
         try:
             torch.save(content, part)
             os.replace(part, path)
@@ -163,6 +173,10 @@ def start_log(cfg, model, meta, start):
     """the header line of a run from step `start`: what runs, on what; meta is the dataset's"""
     cpu = f"cpu, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if model.weight.is_cuda else cpu
+    path = Path(cfg.out) / "log.jsonl"
+    if path.exists() and not path.read_text(encoding="utf-8").endswith("\n"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n")                   # half a line: the disk was full
     append_row(cfg.out, config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config),
                parameters=model.count_parameters(), start=start, commit=git_commit(),
                torch=torch.__version__, device=device, data_sha256=meta["sha256"])
@@ -208,19 +222,32 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError(f"the checksum of {damaged} is wrong")
         meta = torch.load(path, map_location=device, weights_only=True)
         weights = meta.pop("model")
+        config = GPTConfig(**meta.pop("config"))
+        if config.n_layer + config.n_mtp > len(weights) or config.block_size > 2**24:
+            raise ValueError(f"{len(weights)} tensors can't be those of {config}")
         for name, weight in weights.items():
             if not weight.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
         # of shapes alone: they are compared before anything is allocated, and a weight that is not
         # loaded can't go unnoticed
         with torch.device("meta"):
-            model = GPT(GPTConfig(**meta.pop("config")))
+            model = GPT(config)
         model.load_state_dict(weights, assign=True)
         model.to(weights["embed.weight"].dtype)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror or error})") from None
     except Exception as error:  # of many types
         raise UserError(f"{path} can't be loaded ({one_line(error)}): it is cut short, damaged, of "
                         "another version, or not a checkpoint of train.py or extend.py") from error
     return model.eval(), meta
+
+
+def check_entries(path, meta, **types):
+    """raises a UserError unless the checkpoint's other entries have these names and types"""
+    for name, kind in types.items():
+        if not isinstance(meta.get(name), kind):
+            raise UserError(f"{path} has no {name}, or one of another version: it can't be used "
+                            "here; give a checkpoint of train.py or extend.py")
 
 
 # -----------------------------------------------------------------------------
@@ -242,8 +269,9 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; training continues from its last checkpoint with "
-                 "--resume OUT/ckpt.pt")
+        trains = script in ("train.py", "extend.py")
+        advice = "; training continues from its last checkpoint with --resume OUT/ckpt.pt"
+        sys.exit("\ninterrupted" + (advice if trains else ""))
     except UserError as error:
         # until the processes are connected, all of them find the same error: rank 0 shows it
         if rank != "0" and not torch.distributed.is_initialized():

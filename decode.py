@@ -40,7 +40,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    UserError, check_flags, flag, load_checkpoint, parse, pick_device, pick_dtype, run,
+    UserError, check_entries, check_flags, flag, load_checkpoint, parse, pick_device, pick_dtype,
+    run,
 )
 from data.errors import printable
 from data.prepare import Tokenizer
@@ -671,6 +672,7 @@ def load(path, device, dtype):
     """-> (model on the device in its dtype, tokenizer, metadata)"""
     device = pick_device(device)
     model, meta = load_checkpoint(path, device)
+    check_entries(path, meta, tokenizer=dict)
     model = model.to(pick_dtype(dtype, device)[0])
     return model, Tokenizer(meta["tokenizer"]), meta
 

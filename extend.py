@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import train
-from common import UserError, load_checkpoint, parse, pick_device, pick_dtype, processes, run
+from common import UserError, check_entries, load_checkpoint, parse, pick_dtype, processes, run
 from model import GPT
 
 
@@ -76,6 +76,9 @@ def extension_config(base, given, plan, n):
     cfg = dataclasses.replace(cfg, **given)
     cfg.warmup = min(base.warmup, cfg.steps // 10)
     alpha, beta = train.head_weights(cfg)      # of the m heads
+    if not alpha[-1] + beta[-1]:
+        raise UserError("the last head was trained with alpha = beta = 0, and new heads would "
+                        "learn nothing; give --beta")
     cfg.n_mtp = n
     cfg.alpha = new_weights(alpha, n)
     cfg.beta = new_weights(beta, n)
@@ -93,6 +96,7 @@ def new_weights(old, n):
 def begin(path, given, heads):
     """a new extension -> (looped model, entries of its checkpoint, TrainConfig)"""
     model, meta = load_checkpoint(path)
+    check_entries(path, meta, tokenizer=dict, train_config=dict)
     m = model.config.n_mtp
     n = heads or 2 * m
     model = loop_heads(model, n)
@@ -142,33 +146,36 @@ def main():
         ("--resume", dict(action="store_true", help="continue the extension that wrote CKPT")),
         ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
     ], only=FLAGS)
-    if processes()[1] > 1:
-        raise UserError("extend.py runs in one process; start it without torchrun")
+    rank, world = processes()
 
     # model, plan and data
     path = Path(rest["checkpoint"])
     torch.set_float32_matmul_precision("high")
     start = resume if rest["resume"] else begin
     model, state, cfg = start(path, given, rest["heads"])
-    data = train_ids, val_ids, data_meta = train.open_data(cfg)
+    device = train.join_processes(cfg)
+    data = train_ids, val_ids, data_meta = train.open_data_in_turn(cfg)
     train.check_data(path, cfg, data_meta, state)
-    device = pick_device(cfg.device)
     dtype, _ = pick_dtype(cfg.dtype, device)
     model.to(device)
     plan = state["extension"]
     m, n = plan["from_heads"], model.config.n_mtp
-    print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; "
-          f"writing to {cfg.out}")
+    if rank == 0:
+        print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; "
+              f"writing to {cfg.out}")
 
     # evaluate the copy, train the new heads
     if "before" not in plan:
         plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
     freeze_all_but(model, range(m, n))
     after = train.train(model, cfg, *data, state)
-    print(comparison(plan["before"], after, m, data_meta))
-    print(f"checkpoint {cfg.out}/ckpt.pt")
-    if rest["json"]:
-        print(json.dumps(dict(before=plan["before"], after=after)))
+    if rank == 0:
+        print(comparison(plan["before"], after, m, data_meta))
+        print(f"checkpoint {cfg.out}/ckpt.pt")
+        if rest["json"]:
+            print(json.dumps(dict(before=plan["before"], after=after)))
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ from tqdm import tqdm
 import decode
 import distill
 from common import (
-    UserError, append_row, autocast, check_flags, flag, keep_old, load_checkpoint, one_line, parse,
-    pick_device, pick_dtype, processes, run, save_checkpoint, start_log,
+    UserError, append_row, autocast, check_entries, check_flags, flag, keep_old, load_checkpoint,
+    one_line, parse, pick_device, pick_dtype, processes, run, save_checkpoint, start_log,
 )
+from data.errors import printable
 from data.prepare import Tokenizer, find_dataset, load_dataset
 from model import GPT, GPTConfig
 
@@ -128,7 +129,8 @@ def stored_config(meta):
 
 def make_config(given):
     """defaults < preset < given flags"""
-    preset = given.get("preset") or ("small" if torch.cuda.is_available() else "tiny")
+    cuda = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
+    preset = given.get("preset") or ("small" if cuda else "tiny")
     defaults = PRESETS.get(preset, {})
     cfg = TrainConfig(**{"out": f"out/{preset}", **defaults, **given, "preset": preset})
     if "tokenizer" not in given and cfg.data != defaults.get("data", TrainConfig.data):
@@ -192,6 +194,17 @@ def open_data(cfg):
                         f"tokens; a window takes {cfg.block_size + 1} (block_size + 1): give more "
                         "text or a smaller --block_size")
     return train_ids, val_ids, meta
+
+
+def open_data_in_turn(cfg):
+    """open_data, in each process; the others wait until rank 0 has prepared it"""
+    rank, world = processes()
+    if rank > 0:
+        torch.distributed.barrier()
+    data = open_data(cfg)
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+    return data
 
 
 def batch_starts(cfg, step, length):
@@ -300,8 +313,22 @@ def make_optimizer(model, cfg, state=None):
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     if state:
+        check_moments(groups, state["state"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
     return optimizer
+
+
+def check_moments(groups, moments):
+    """raises a UserError unless they have the shapes of the parameters: fused AdamW doesn't look"""
+    params = [p for group in groups for p in group["params"]]
+    shapes = {i: [torch.Size(), p.shape, p.shape] for i, p in enumerate(params)}
+    found = {}
+    for i, own in moments.items():
+        parts = [own.get(name) for name in ("step", "exp_avg", "exp_avg_sq")]
+        found[i] = [part.shape if torch.is_tensor(part) else None for part in parts]
+    if found != shapes:
+        raise UserError("the checkpoint's optimizer state is not that of its model, so that "
+                        "training can't continue exactly; resume another one, or train anew")
 
 
 def pick_loss(cfg, device, dtype):
@@ -543,8 +570,9 @@ def sample(model, val_ids, meta, temperature=0.8):
     prompt = val_ids[: min(32, 1 + model.config.block_size // 4)].tolist()
     with torch.compiler.set_stance("force_eager"):
         texts, stats = decode.generate(model, [prompt], 160, temperature=temperature, top_k=50)
-    return (f"--- a sample at temperature {temperature}: {stats.tokens} tokens in {stats.forwards} "
-            f"forwards ({stats.tokens_per_forward:.2f} each)\n"
+    return (f"--- a sample at temperature {temperature}: 1 token by the prefill, then "
+            f"{stats.tokens - 1} in {stats.forwards} forwards "
+            f"({stats.tokens_per_forward:.2f} each)\n"
             f"{tokenizer.decode(prompt)}[..]{tokenizer.decode(texts[0])}\n---")
 
 
@@ -553,6 +581,7 @@ def resume(path, given, writer="train.py"):
     writes where the checkpoint lies, and keeps its schedule, whatever --steps is now. Raises a
     UserError where it can't be continued exactly, or not in this folder"""
     model, state = load_checkpoint(path)
+    check_entries(path, state, tokenizer=dict, train_config=dict, step=int, best_loss=float)
     wrote = "extend.py" if "extension" in state else "train.py"
     if wrote != writer:
         raise UserError(f"{path} was written by {wrote}: resume it with "
@@ -568,7 +597,7 @@ def resume(path, given, writer="train.py"):
         if state["train_config"].get(name, plain) != plain:
             raise UserError(f"{path} was trained with --{name} {state['train_config'][name]}, "
                             "which this version lacks; resume it with the version that wrote it")
-    if not state.get("optimizer", {}).get("state"):
+    if not (state.get("optimizer") or {}).get("state"):
         raise UserError(f"{path} has no optimizer state, so that training can't continue exactly; "
                         "resume another checkpoint, or train anew")
     cfg = dataclasses.replace(stored, **{
@@ -639,12 +668,8 @@ def main():
     dtype, why = pick_dtype(cfg.dtype, device)
     torch.set_float32_matmul_precision("high")     # tf32 for what stays in fp32 on a GPU
 
-    # data and model. The other processes wait until rank 0 has prepared the data
-    if rank > 0:
-        torch.distributed.barrier()
-    train_ids, val_ids, meta = open_data(cfg)
-    if rank == 0 and world > 1:
-        torch.distributed.barrier()
+    # data and model
+    train_ids, val_ids, meta = open_data_in_turn(cfg)
     if state:
         check_data(path, cfg, meta, state)
     else:
@@ -663,7 +688,7 @@ def main():
         print(f"\ncheckpoint {cfg.out}/ckpt.pt (--resume it with a larger --steps to train on)\n\n"
               f"{table(result, meta)}")
         if cfg.block_size > 1:     # else no room is left for a prompt and its continuation
-            print(sample(model.eval(), val_ids, meta))
+            print(printable(sample(model.eval(), val_ids, meta)))
         if cfg.n_mtp:
             print(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
         if rest["json"]:

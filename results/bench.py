@@ -333,7 +333,7 @@ def bench_decoding(model, prompts, cfg, temperature):
         decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
     times = time_rounds(decoders, groups[0], cfg.tokens)
     options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
-    texts, stats, kept = run_in_turns(decoders, groups, cfg.tokens, options)
+    texts, stats, kept = run_in_turns(model, decoders, groups, cfg.tokens, options)
     repetitive = [any(map(loops, texts_of_group)) for texts_of_group in texts]
     used = [i for i in range(len(texts)) if not repetitive[i]] or list(range(len(texts)))
     ar, car = [], []
@@ -354,10 +354,9 @@ def bench_decoding(model, prompts, cfg, temperature):
     return rows
 
 
-def run_in_turns(decoders, groups, tokens, options):
+def run_in_turns(model, decoders, groups, tokens, options):
     """-> continuations of each group without heads; {heads: the Stats of each group}; the sums of
     count_accepted for each group. Ctrl-C ends it early, after the last group that was measured"""
-    model = decoders[0].model
     texts, kept = [], []
     stats = {heads: [] for heads in decoders}
     bar = tqdm(groups, "decode", unit="prompt" if len(groups[0]) == 1 else "batch")

@@ -1,5 +1,7 @@
 """common.py: flags and their ranges, devices, damaged checkpoints, errors and output."""
+import errno
 import io
+import json
 import math
 import os
 import subprocess
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 import common
+import train
+from data.temporary import temporary
 from model import GPT, GPTConfig
 
 REPO = Path(__file__).resolve().parents[1]
@@ -208,3 +212,54 @@ def test_a_user_error_is_one_line_and_all_else_a_traceback(tmp_path, error):
         assert done.stderr.strip() == "some.py: --lr is 5"
     else:
         assert "Traceback" in done.stderr and "line 3, in main" in done.stderr
+
+
+def test_the_hint_fits_what_went_wrong(tmp_path):
+    """a full disk needs space; a folder where the file should be, or no permission, doesn't"""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, hint in ((full, True), (RuntimeError("PytorchStreamWriter failed"), True),
+                        (IsADirectoryError(errno.EISDIR, "Is a directory"), False),
+                        (PermissionError(errno.EACCES, "Permission denied"), False)):
+        with (pytest.raises(common.UserError, match="--out") as said,
+              common.writing(tmp_path / "x")):
+            raise error
+        assert ("free some space" in str(said.value)) == hint
+
+
+def test_half_a_line_of_a_log_is_ended(tmp_path):
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=8, n_mtp=1))
+    cfg = train.TrainConfig(out=str(tmp_path))
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
+    common.start_log(cfg, model, {"sha256": "0"}, 5)
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ['{"step": 1}', '{"st'] and json.loads(lines[2])["start"] == 5
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=8, n_mtp=1))
+    left = temporary(tmp_path / "ckpt.pt", "part")
+    left = left.with_name(left.name.rsplit("-", 1)[0] + "-999999999")      # no process has this id
+    left.write_bytes(b"half")
+    common.save_checkpoint(tmp_path / "ckpt.pt", model)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("changes", [{"n_layer": 10**6}, {"block_size": 10**9}])
+def test_an_absurd_size_is_told_before_anything_is_allocated(tmp_path, changes):
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=8, n_mtp=1))
+    common.save_checkpoint(tmp_path / "ckpt.pt", model)
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    content["config"].update(changes)
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(common.UserError, match="can't be those of"):
+        common.load_checkpoint(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("script, advice", [("train.py", True), ("decode.py", False)])
+def test_ctrl_c_advises_to_resume_only_what_can_be_resumed(monkeypatch, script, advice):
+    def main():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit, match="interrupted") as stop:
+        common.run(main)
+    assert ("--resume" in str(stop.value.code)) == advice

@@ -1,9 +1,12 @@
 """extend.py: heads copied and looped, the old ones untouched, resume, exact decoding, bad input."""
 import dataclasses
 import json
+import os
 import runpy
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -442,14 +445,48 @@ def test_bad_requests(base, tmp_path, monkeypatch):
     for argv in ([], [base, "--resume", base], [base, "--n_layer", 3]):  # argparse says what
         with pytest.raises(SystemExit):
             call(monkeypatch, *argv)
-    with (monkeypatch.context() as patch,
-          pytest.raises(common.UserError, match="runs in one process")):
-        patch.setenv("RANK", "1")
-        patch.setenv("WORLD_SIZE", "2")
-        call(patch, base)
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(done), "--steps", "9"])
     with pytest.raises(ValueError, match="extend.py --resume"):
         train.main()
+
+
+def test_two_processes_extend_as_one_does(monkeypatch, base, tmp_path):
+    """started as torchrun starts them; the losses equal one process's to rounding"""
+    options = ["--heads", "4", "--steps", "3", "--batch_size", "4", "--json"]
+    model, meta = common.load_checkpoint(base)
+    model.config.dropout = meta["train_config"]["dropout"] = 0.0   # each process has its own
+    base = tmp_path / "base/ckpt.pt"
+    common.save_checkpoint(base, model, **meta)
+    extended(monkeypatch, base, tmp_path / "one", *options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "WORLD_SIZE": "2"}
+    argv = [sys.executable, str(REPO / "extend.py"), str(base), "--out", str(tmp_path / "two"),
+            *options, "--device", "cpu"]
+    processes = [
+        subprocess.Popen(argv, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "2 -> 4 heads" in said[0][0] and said[1][0] == ""
+    one, _ = common.load_checkpoint(tmp_path / "one/ckpt.pt")
+    two, _ = common.load_checkpoint(tmp_path / "two/ckpt.pt")
+    for ours, theirs in zip(one.parameters(), two.parameters()):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_heads_that_learned_nothing_can_not_be_extended_silently(monkeypatch, base, tmp_path):
+    model, meta = common.load_checkpoint(base)
+    meta["train_config"].update(alpha="0", beta="0")
+    path = tmp_path / "zero/ckpt.pt"
+    common.save_checkpoint(path, model, **meta)
+    with pytest.raises(common.UserError, match="alpha = beta = 0.*--beta"):
+        call(monkeypatch, path)
+    extended(monkeypatch, path, tmp_path / "out", "--beta", "0.5", "--steps", "1")
 
 
 def test_an_extension_keeps_no_best(base):

@@ -592,6 +592,37 @@ def test_two_processes_equal_one(two_processes, data, tmp_path):
     assert said.count("bits per byte") == 1
 
 
+@pytest.mark.parametrize("damage, message", [
+    (lambda meta: meta["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer state"),
+    (lambda meta: meta["optimizer"]["state"][1].pop("exp_avg_sq"), "optimizer state"),
+    (lambda meta: meta["optimizer"]["state"].pop(2), "optimizer state"),
+    (lambda meta: meta["optimizer"]["state"][0].update(step=3), "optimizer state"),
+    (lambda meta: meta.update(optimizer=None), "no optimizer state"),
+    (lambda meta: meta.pop("tokenizer"), "no tokenizer"),
+    (lambda meta: meta.update(train_config=[1]), "no train_config"),
+    (lambda meta: meta.update(step="3"), "no step"),
+    (lambda meta: meta.pop("best_loss"), "no best_loss"),
+    (lambda meta: meta["train_config"].update(lr="high"), "--lr is 'high'; it must be a float"),
+    (lambda meta: meta["train_config"].update(eval_every=2.5), "--eval_every is 2.5.* int"),
+])
+def test_a_checkpoint_with_wrong_entries_is_not_resumed(data, tmp_path, damage, message):
+    """in one line, and before the optimizer reads past the end of a tensor"""
+    cfg = config(data, tmp_path, steps=2)
+    fit(cfg)
+    model, meta = common.load_checkpoint(tmp_path / "ckpt.pt")
+    damage(meta)
+    common.save_checkpoint(tmp_path / "ckpt.pt", model, **meta)
+    with pytest.raises(common.UserError, match=message):
+        model, state, cfg = train.resume(tmp_path / "ckpt.pt", {"steps": 4})
+        train.make_optimizer(model, cfg, state["optimizer"])
+
+
+def test_device_cpu_takes_the_preset_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, preset in (("auto", "small"), ("cuda", "small"), ("cpu", "tiny"), ("mps", "tiny")):
+        assert train.make_config({"device": device}).preset == preset
+
+
 # a head that gets no gradient: DDP expects one
 DDP = {"steps": 3, "alpha": "0.3,0", "beta": "0.5,0"}
 
