@@ -194,6 +194,17 @@ def open_data(cfg):
     return train_ids, val_ids, meta
 
 
+def open_data_in_turn(cfg):
+    """open_data, but the other processes wait until rank 0 has prepared the dataset"""
+    rank, world = processes()
+    if rank > 0:
+        torch.distributed.barrier()
+    data = open_data(cfg)
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+    return data
+
+
 def batch_starts(cfg, step, length):
     """where the windows of a step begin: a function of seed and step alone, so that resuming,
     accumulating and several processes all see the same batches"""
@@ -639,12 +650,8 @@ def main():
     dtype, why = pick_dtype(cfg.dtype, device)
     torch.set_float32_matmul_precision("high")     # tf32 for what stays in fp32 on a GPU
 
-    # data and model. The other processes wait until rank 0 has prepared the data
-    if rank > 0:
-        torch.distributed.barrier()
-    train_ids, val_ids, meta = open_data(cfg)
-    if rank == 0 and world > 1:
-        torch.distributed.barrier()
+    # data and model
+    train_ids, val_ids, meta = open_data_in_turn(cfg)
     if state:
         check_data(path, cfg, meta, state)
     else:
