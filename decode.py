@@ -4,6 +4,7 @@ decode.py: speculative decoding with the model's own MTP heads. The output is th
     python decode.py out/tiny/ckpt.pt --prompt "Once upon a time" --tokens 100
     python decode.py out/tiny/ckpt.pt --trace          color each token by the head that drafted it
     python decode.py out/tiny/ckpt.pt --heads 0        ordinary decoding, one token per forward pass
+    python decode.py out/smollm2-4/ckpt.pt --chat "Name three primary colours."
     python decode.py -h                                every flag, its default and its meaning
 
 Is the output identical, and how fast is it? `python results/bench.py check CKPT`, and
@@ -442,9 +443,10 @@ class Decoder:
     def remaining(self):
         """a lower bound on the remaining rounds (synchronises with the device)"""
         left = int((self.limit - self.n).max())
-        if self.stop_token is not None:
-            return min(left, 1)
-        return -(-left // (self.heads + 1))
+        rounds = -(-left // (self.heads + 1))
+        if self.stop_token is not None:            # a look at a GPU costs about a round
+            rounds = min(rounds, 8 if self.n.is_cuda else 1)
+        return rounds
 
     def tokens_from(self, b, start):
         """the known tokens of sequence b from position `start` on, as a list"""
@@ -648,6 +650,8 @@ def svg(rounds):
 @dataclass
 class DecodeConfig:
     prompt: str = flag("Once upon a time", "text to continue")
+    chat: str = flag("", "instead of --prompt: a message, in the model's own chat template")
+    stop: bool = flag(True, "stop at the token that ends a text or an answer")
     tokens: int = flag(200, "tokens to emit", min=1)
     temperature: float = flag(0.8, "0 is greedy", min=0)
     top_k: int = flag(0, "sample among the k most likely tokens only; 0: all", min=0)
@@ -688,7 +692,7 @@ def main():
     if cfg.svg and not rest["trace"]:
         raise UserError("--svg is the picture of a trace: give --trace, too")
     model, tokenizer, _ = load(rest["checkpoint"], cfg.device, cfg.dtype)
-    prompt = tokenizer.encode(cfg.prompt)
+    prompt = tokenizer.encode_chat(cfg.chat) if cfg.chat else tokenizer.encode(cfg.prompt)
     rounds = []
     watch = trace(tokenizer, prompt, rounds) if rest["trace"] else stream(tokenizer)
     (ids,), stats = generate(
@@ -697,6 +701,7 @@ def main():
         temperature=cfg.temperature,
         top_k=cfg.top_k or None,
         accept=cfg.accept,
+        stop_token=tokenizer.end if cfg.stop else None,
         generator=torch.Generator(model.weight.device).manual_seed(cfg.seed),
         draft_vocab=cfg.draft_vocab or None,
         watch=watch,
@@ -707,8 +712,8 @@ def main():
         print("\n" + printable(tokenizer.decode(prompt) + text))
     if cfg.svg:
         Path(cfg.svg).write_text(svg(rounds), encoding="utf-8")
-    if len(ids) < cfg.tokens:
-        T = model.config.block_size
+    T = model.config.block_size
+    if len(prompt) + len(ids) == T < len(prompt) + cfg.tokens:
         print(f"\nthe context of {T} tokens leaves room for {len(ids)} new ones")
     print(
         f"\ndecoding on {model.weight.device} with {len(stats.accepted) - 1} of "

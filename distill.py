@@ -74,10 +74,11 @@ def topn_divergence(student, teacher, n, kl="forward", detach_teacher=True):
     """
     if detach_teacher:
         teacher = teacher.detach()
-    top = teacher.topk(n, dim=-1, sorted=False).indices         # (C, N), the same set for all heads
-    teacher = teacher.gather(-1, top)                           # (C, N)
-    top = top.expand(*student.shape[:-1], -1)                   # (.., C, N)
-    student = student.gather(-1, top)                           # (.., C, N)
+    if n < teacher.size(-1):
+        top = teacher.topk(n, dim=-1, sorted=False).indices     # (C, N), the same set for all heads
+        teacher = teacher.gather(-1, top)                       # (C, N)
+        top = top.expand(*student.shape[:-1], -1)               # (.., C, N)
+        student = student.gather(-1, top)                       # (.., C, N)
     log_q = F.log_softmax(to_float32(teacher), dim=-1)          # Q~, renormalised over the N
     log_p = F.log_softmax(to_float32(student), dim=-1)          # P~
     return DIVERGENCES[kl](log_p, log_q)

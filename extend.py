@@ -1,6 +1,7 @@
 """
 extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, section 3).
 
+    python extend.py out/smollm2/ckpt.pt --heads 4         the first heads of a model without any
     python extend.py out/tiny/ckpt.pt --heads 8            train 4 more heads -> out/tiny-8/ckpt.pt
     python extend.py out/tiny/ckpt.pt --heads 8 --steps 0  the training-free pilot: only the copy
     python extend.py out/tiny-8/ckpt.pt --heads 16         and again
@@ -10,6 +11,10 @@ extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, 
 A flag that is not given is as in the training that wrote the checkpoint, but for --steps (a fifth
 of the steps that trained the first heads), --out (the checkpoint's folder with the number of heads
 added), --device, --fast and --compile (auto).
+
+A model without heads (data/pretrained.py, train.py --n_mtp 0) gets random ones. They learn from its
+own text (data/selftext.py), where the main head's whole distribution says more than the one token
+that was sampled from it: by the KL to all of it alone. From m heads on, the loop:
 
 Head m+j starts as a copy of head j, and reads the head before it, so that the cascade goes on:
 
@@ -34,19 +39,17 @@ from model import GPT
 
 def loop_heads(model, n_mtp):
     """a new GPT with n_mtp heads: head m+j copies head j, as often as needed, the last round maybe
-    cut short. Weights are copied, never shared. Raises UserError if the model has no heads, or
-    n_mtp is not more than it has"""
+    cut short; without heads to copy, they are random. Weights are copied, never shared. Raises
+    UserError if n_mtp is not more than the model has"""
     m = model.config.n_mtp
     T = model.config.block_size
-    if m == 0:
-        raise UserError("this model has no MTP heads to copy; train one with --n_mtp 1 or more")
     if not m < n_mtp < T:
         raise UserError(f"heads is {n_mtp}; this model has {m} already, so give more than {m}, and "
                         f"fewer than its block_size, {T}")
     config = dataclasses.replace(model.config, n_mtp=n_mtp)
     new = GPT(config).to(model.weight.device, model.weight.dtype)
     new.load_state_dict(model.state_dict(), strict=False)      # all but heads m+1 ..
-    for k in range(m, n_mtp):
+    for k in range(m, n_mtp if m else 0):
         new.heads[k].load_state_dict(model.heads[k % m].state_dict())
     return new.train(model.training)
 
@@ -59,14 +62,21 @@ def freeze_all_but(model, heads):
 
 
 # flags of train.py that are flags here, too
-FLAGS = ("steps", "lr", "beta", "batch_size", "micro_batch", "data", "seed", "eval_every",
-         "eval_windows", "out", "device", "fast", "compile")
+FLAGS = ("steps", "lr", "alpha", "beta", "top_n", "batch_size", "micro_batch", "data", "seed",
+         "eval_every", "eval_windows", "out", "device", "fast", "compile")
+# how they train: by the KL alone, to all of the main head's distribution
+FIRST_HEADS = dict(alpha="0", beta="1", top_n=2.0**16)
 
 
 def extension_config(base, given, plan, n):
     """the TrainConfig of a checkpoint, changed for training heads m+1 .. n"""
+    steps = plan["first_steps"]
+    if plan["from_heads"] == 0:
+        given = {**FIRST_HEADS, **given}
+    else:
+        steps = max(1, steps // 5)
     cfg = dataclasses.replace(
-        base, steps=max(1, plan["first_steps"] // 5), schedule_steps=0,
+        base, steps=steps, schedule_steps=0,
         device="auto", fast="auto", compile="auto",
         keep_best=False,           # the main head is frozen: its loss can't say which is best
         kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once
@@ -75,13 +85,14 @@ def extension_config(base, given, plan, n):
         cfg.micro_batch = 0
     cfg = dataclasses.replace(cfg, **given)
     cfg.warmup = min(base.warmup, cfg.steps // 10)
-    alpha, beta = train.head_weights(cfg)      # of the m heads
-    if not alpha[-1] + beta[-1]:
-        raise UserError("the last head was trained with alpha = beta = 0, and new heads would "
-                        "learn nothing; give --beta")
+    if plan["from_heads"]:
+        alpha, beta = train.head_weights(cfg)  # of the m heads
+        if not alpha[-1] + beta[-1]:
+            raise UserError("the last head was trained with alpha = beta = 0, and new heads would "
+                            "learn nothing; give --beta")
+        cfg.alpha = new_weights(alpha, n)
+        cfg.beta = new_weights(beta, n)
     cfg.n_mtp = n
-    cfg.alpha = new_weights(alpha, n)
-    cfg.beta = new_weights(beta, n)
     return train.check(cfg)
 
 
@@ -98,20 +109,31 @@ def begin(path, given, heads):
     model, meta = load_checkpoint(path)
     check_entries(path, meta, tokenizer=dict, train_config=dict)
     m = model.config.n_mtp
-    n = heads or 2 * m
-    model = loop_heads(model, n)
+    n = heads or 2 * m or 4
     base = train.stored_config(meta)
+    torch.manual_seed(given.get("seed", base.seed))
+    # float16 (of pretrained.py) is enough to store, not to train
+    model = model.to(torch.promote_types(model.weight.dtype, torch.float32))
+    model = loop_heads(model, n)
     earlier = meta.get("extension", {})
     plan = dict(
         from_heads=m,
-        copied_from=earlier.get("copied_from", [0] * m) + [k % m + 1 for k in range(m, n)],
+        copied_from=earlier.get("copied_from", [0] * m) + [m and k % m + 1 for k in range(m, n)],
         first_steps=earlier.get("first_steps", base.steps),
     )
     # beside the checkpoint's folder: X/ckpt.pt -> X-8, X/best.pt -> X-best-8
     folder = path.resolve().parent
     name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"
     out = str(folder.with_name(f"{name}-{n}"))
-    cfg = extension_config(base, {"out": out, **given}, plan, n)
+    data = base.data
+    if m == 0:
+        data = f"data/{folder.name}-self"
+        if "data" not in given and not Path(data).is_dir():
+            raise UserError(f"first heads learn from the model's own text, and {data} is not "
+                            f"there: `python data/selftext.py {path}` writes it; or give --data")
+    cfg = extension_config(base, {"out": out, "data": data, **given}, plan, n)
+    if m == 0:
+        plan["first_steps"] = cfg.steps
     if Path(cfg.out).resolve() == folder:
         raise UserError(f"--out {cfg.out} is the folder of {path} itself, which would be "
                         "overwritten; give another one")
@@ -142,7 +164,8 @@ def comparison(before, after, m, meta):
 def main():
     given, rest = parse(train.TrainConfig, __doc__, [
         ("checkpoint", dict(metavar="CKPT", help="checkpoint to extend, or of the extension")),
-        ("--heads", dict(type=int, help="MTP heads of the new model; default: twice as many")),
+        ("--heads", dict(type=int, help="MTP heads of the new model; default: twice as many, 4 "
+                         "at first")),
         ("--resume", dict(action="store_true", help="continue the extension that wrote CKPT")),
         ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
     ], only=FLAGS)
@@ -161,11 +184,11 @@ def main():
     plan = state["extension"]
     m, n = plan["from_heads"], model.config.n_mtp
     if rank == 0:
-        print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]}; "
-              f"writing to {cfg.out}")
+        print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]} (0: random);"
+              f" writing to {cfg.out}")
 
     # evaluate the copy, train the new heads
-    if "before" not in plan:
+    if rank == 0 and "before" not in plan:
         plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
     freeze_all_but(model, range(m, n))
     after = train.train(model, cfg, *data, state)

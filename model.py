@@ -14,12 +14,13 @@ Head k at position i (MTP-D, arXiv 2603.23911, section 2; the cascade is that of
     P^k_i  = softmax(W RMSNorm_k(h^k_i))                              predicts t_{i+k+1}
 
 The embedding and the output head W are one matrix, shared by the trunk and all heads. With n_mtp=0
-this is a plain GPT: pre-norm blocks, rotary positions (RoPE), squared ReLU, no biases.
+this is a plain GPT: pre-norm blocks, rotary positions (RoPE), squared ReLU, no biases. With the
+last options of GPTConfig it is a Llama: data/pretrained.py loads one.
 
 Try it:  python model.py        prints the shapes and the parameter count of a small model
 
-Shapes in comments: B batch, T time, d width, V vocabulary, H attention heads, hd = d/H,
-K MTP heads, S cache slots.
+Shapes in comments: B batch, T time, d width, V vocabulary, H attention heads, hd = d/H, G key-value
+heads, F feed-forward width, K MTP heads, S cache slots.
 """
 
 import math
@@ -41,8 +42,13 @@ class GPTConfig:
     n_mtp: int = 4           # K; 0 is a plain GPT
     dropout: float = 0.0
     embed_std: float = 0.02  # std of the embedding's initial weights; narrow models like more
+    n_kv_head: int = 0       # G key-value heads, each shared by H/G attention heads; 0: n_head
+    swiglu: int = 0          # width F of a gated SiLU feed-forward; 0: squared ReLU, F = 4 d
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
 
     def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -58,8 +64,13 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        if not 0 < self.embed_std < math.inf:
-            raise ValueError(f"embed_std is {self.embed_std}; it must be above 0")
+        for name in ("embed_std", "rope_base", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.n_kv_head < 0 or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head is {self.n_kv_head}; it must divide n_head {self.n_head}")
+        if self.swiglu < 0:
+            raise ValueError(f"swiglu is {self.swiglu}; it must be a width, or 0 for squared ReLU")
 
 
 # -----------------------------------------------------------------------------
@@ -76,14 +87,14 @@ class Positions(NamedTuple):
     rope: torch.Tensor  # (2, B, 1, T, hd) cos and sin of the position
 
 
-def rope_table(length, head_dim, like):
+def rope_table(length, head_dim, base, like):
     """cos and sin of the rotary angles, (2, length, hd); the two halves of hd are identical.
     Source: RoFormer, arXiv 2104.09864, section 3.2."""
     # bf16 with its 8 bits could not tell position 256 from 257
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=like.device) / head_dim
     position = torch.arange(length, dtype=dtype, device=like.device)
-    angle = torch.outer(position, 10000.0**-exponent)  # (length, hd/2)
+    angle = torch.outer(position, base**-exponent)     # (length, hd/2)
     angle = angle.repeat(1, 2)                         # (length, hd)
     return torch.stack((angle.cos(), angle.sin()))
 
@@ -103,34 +114,38 @@ def rotate(x, rope):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, d):
+    def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x):
         # x / sqrt(mean(x^2)) * weight, the mean in float32 even for bf16.
         # torch's fused version wants the weight in the type of x
-        return F.rms_norm(x, x.shape[-1:], self.weight.type_as(x), eps=1e-5)
+        return F.rms_norm(x, x.shape[-1:], self.weight.type_as(x), eps=self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]    # of q, k, v
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        head_dim = config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * head_dim, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, positions, cache=None):
         B, T, d = x.shape
-        qkv = self.qkv(x)                                           # (B, T, 3 d)
-        qkv = qkv.view(B, T, 3, self.n_head, d // self.n_head)      # (B, T, 3, H, hd)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                            # (3, B, H, T, hd)
-        q, k = rotate(qkv[:2], positions.rope)                      # (B, H, T, hd) each
-        v = qkv[2]
+        qkv = self.qkv(x).view(B, T, sum(self.heads), d // self.heads[0])
+        q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)      # (B, H or G, T, hd) each
+        q = rotate(q, positions.rope)
+        k = rotate(k, positions.rope)
         if cache is None:
             p = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+            shared = k.size(1) < q.size(1)
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, dropout_p=p, enable_gqa=shared
+            )
         else:
             y = self.attend_to_cache(q, k, v, positions, cache)
         y = y.transpose(1, 2).reshape(B, T, d)                      # (B, T, d)
@@ -140,13 +155,16 @@ class Attention(nn.Module):
         # slot s holds position s. Write the T new rows into their slots, over whatever a rejected
         # draft left there. The mask lets the query at position p see slots 0..p, so that stale
         # slots past p are never seen. (is_causal=True would be wrong: fewer queries than keys.)
-        keys, values = cache                                        # (B, H, S, hd) each
+        keys, values = cache                                        # (B, G, S, hd) each
         row, pos, mask, _ = positions
-        keys[row, :, pos] = k.transpose(1, 2)                       # (B, T, H, hd) goes in
+        keys[row, :, pos] = k.transpose(1, 2)                       # (B, T, G, hd) goes in
         values[row, :, pos] = v.transpose(1, 2)
         # written out: the mask, one for each row of the batch, is an addition
-        score = (q * q.size(-1) ** -0.5) @ keys.transpose(-2, -1)   # (B, H, T, S)
-        return (score + mask).softmax(-1) @ values                  # (B, H, T, hd)
+        group = q.reshape(*k.shape[:2], -1, q.size(-1))             # (B, G, H/G T, hd)
+        score = (group * q.size(-1) ** -0.5) @ keys.transpose(-2, -1)
+        score = score.view(*q.shape[:3], -1) + mask                 # (B, H, T, S)
+        share = score.softmax(-1).view(*group.shape[:3], -1)        # (B, G, H/G T, S)
+        return (share @ values).view_as(q)                          # (B, H, T, hd)
 
 
 class Block(nn.Module):
@@ -154,16 +172,23 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = RMSNorm(config.n_embd)
+        self.norm1 = RMSNorm(config)
         self.attn = Attention(config)
-        self.norm2 = RMSNorm(config.n_embd)
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.norm2 = RMSNorm(config)
+        self.gated = config.swiglu > 0
+        width = config.swiglu or 4 * config.n_embd                  # F
+        self.fc = nn.Linear(config.n_embd, (1 + self.gated) * width, bias=False)
+        self.proj = nn.Linear(width, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, positions, cache=None):
         x = x + self.drop(self.attn(self.norm1(x), positions, cache))
-        y = F.relu(self.fc(self.norm2(x))).square()                 # (B, T, 4 d)
+        y = self.fc(self.norm2(x))                                  # (B, T, F), gated: (B, T, 2 F)
+        if self.gated:
+            gate, y = y.chunk(2, dim=-1)
+            y = F.silu(gate) * y                                    # arXiv 2002.05202
+        else:
+            y = F.relu(y).square()
         return x + self.drop(self.proj(y))
 
 
@@ -173,11 +198,11 @@ class MTPHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm_hidden = RMSNorm(config.n_embd)
-        self.norm_embed = RMSNorm(config.n_embd)
+        self.norm_hidden = RMSNorm(config)
+        self.norm_embed = RMSNorm(config)
         self.mix = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)  # M_k
         self.block = Block(config)
-        self.norm_out = RMSNorm(config.n_embd)
+        self.norm_out = RMSNorm(config)
 
     def forward(self, hidden, embed, positions, cache=None):
         hidden = self.norm_hidden(hidden)
@@ -196,14 +221,14 @@ class Cache:
     Rollback is free: continue from an earlier position, and stale slots are overwritten before
     they are seen.
 
-    kv      keys and values, (B, H, S, hd) each, of the trunk's n_layer blocks, then of the heads
+    kv      keys and values, (B, G, S, hd) each, of the trunk's n_layer blocks, then of the heads
     hidden  one (B, S, d) tensor per MTP head: h^{k-1}, which head k reads
     """
 
     def __init__(self, model, batch, slots, heads):
         config = model.config
         zeros = model.weight.new_zeros
-        shape = (2, batch, config.n_head, slots, config.n_embd // config.n_head)
+        shape = (2, batch, config.n_kv_head, slots, config.n_embd // config.n_head)
         self.kv = [zeros(shape).unbind(0) for _ in range(config.n_layer + heads)]
         self.hidden = [zeros(batch, slots, config.n_embd) for _ in range(heads)]
         self.row = torch.arange(batch, device=model.weight.device)[:, None]
@@ -219,7 +244,7 @@ class GPT(nn.Module):
         # also the output head W: see weight
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd)
+        self.norm = RMSNorm(config)
         # K modules, not one module K times
         self.heads = nn.ModuleList(MTPHead(config) for _ in range(config.n_mtp))
         self.drop = nn.Dropout(config.dropout)
@@ -240,8 +265,10 @@ class GPT(nn.Module):
 
     def _set_rope(self):
         # n_mtp + 1 positions past block_size: a draft may overshoot the end before it is cut
-        length = self.config.block_size + self.config.n_mtp + 1
-        self.rope = rope_table(length, self.config.n_embd // self.config.n_head, self.weight)
+        config = self.config
+        length = config.block_size + config.n_mtp + 1
+        head_dim = config.n_embd // config.n_head
+        self.rope = rope_table(length, head_dim, config.rope_base, self.weight)
 
     def _apply(self, fn, recurse=True):
         # .to(), .cuda(), .double(), .. come through here: the angles follow the device

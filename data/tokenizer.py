@@ -37,10 +37,12 @@ SECTION = re.compile(r"(?s).{1,262144}(?:(?<=\S)(?=\r?\n)|\Z)|.{1,262144}")
 class Tokenizer:
     """Text <-> ids. `spec` is plain JSON and all that is needed to build the same tokenizer again:
     {"kind": "bytes"} | {"kind": "gpt2"} |
-    {"kind": "bpe", "pattern": regex, "ranks": [base64 of a token's bytes, by id]}.
+    {"kind": "bpe", "pattern": regex, "ranks": [base64 of a token's bytes, by id]} |
+    {"kind": "pretrained", ..} (data/pretrained.py makes it).
 
-    Attributes: vocab_size (end-of-text included), eot (its id, the last one), tokens (bytes by id),
-    spec. Raises UserError for a spec that can't work, and when GPT-2's files can't be fetched.
+    Attributes: vocab_size (end-of-text included), eot (its id, the last one but for pretrained),
+    end (the id after which a model's answer is over: eot, but for pretrained), tokens (bytes by
+    id), spec. Raises UserError for a spec that can't work, and when GPT-2's files can't be fetched.
     """
 
     def __init__(self, spec):
@@ -53,12 +55,15 @@ class Tokenizer:
             tokens = [token_bytes(i) for i in range(self.engine.eot_token)]
         elif kind == "bpe":
             tokens = bpe_tokens(spec)
+        elif kind == "pretrained":
+            self.order, tokens = pretrained_order(spec)
         else:
             raise UserError(f"unknown tokenizer {spec!r:.80}: expected a dict whose kind is bytes, "
-                            "gpt2 or bpe")
-        self.eot = len(tokens)
-        self.vocab_size = len(tokens) + 1
-        self.tokens = tokens + [EOT_TEXT.encode()]
+                            "gpt2, bpe or pretrained")
+        self.eot = spec.get("eot", len(tokens))
+        self.end = spec.get("end", self.eot)
+        self.tokens = tokens if kind == "pretrained" else tokens + [EOT_TEXT.encode()]
+        self.vocab_size = len(self.tokens)
         if kind == "bpe" and spec["pattern"] != PATTERN:
             self.engine  # a pattern that isn't known to work is compiled now
 
@@ -67,6 +72,10 @@ class Tokenizer:
         """What encodes, or None for bytes. Built at first use: its pattern takes 0.2 s."""
         if self.spec["kind"] == "bpe":
             return load_bpe(self.spec["pattern"], self.tokens[:-1])
+        if self.spec["kind"] == "pretrained":
+            single = [bytes([byte]) for byte in range(256)]
+            merged = [self.tokens[i] for i in self.order[256:]]
+            return load_bpe(self.spec["pattern"], single + merged)
         return load_gpt2() if self.spec["kind"] == "gpt2" else None
 
     def encode(self, text):
@@ -80,7 +89,29 @@ class Tokenizer:
         data = [text.encode("utf-8") for text in texts]
         if self.engine is None:
             return [list(text) for text in data]
-        return self.engine.encode_ordinary_batch(texts, num_threads=min(16, os.cpu_count() or 1))
+        threads = min(16, os.cpu_count() or 1)
+        rows = self.engine.encode_ordinary_batch(texts, num_threads=threads)
+        if self.spec["kind"] == "pretrained":
+            rows = [[self.order[rank] for rank in row] for row in rows]
+        return rows
+
+    def encode_special(self, form, text=""):
+        """Ids of a form (of a pretrained vocabulary) in which special tokens count as such; {}
+        stands for the text, in which none does."""
+        special = self.spec["special"]
+        ids = []
+        for part in re.split("(" + "|".join(map(re.escape, special)) + ")", form):
+            if part in special:
+                ids.append(special[part])
+            else:
+                ids += self.encode(part.replace("{}", text))
+        return ids
+
+    def encode_chat(self, text):
+        """Ids of a user's message in the model's own template, up to where its answer begins."""
+        if not self.spec.get("chat"):
+            raise UserError("this model has no chat template; give it a text to continue")
+        return self.encode_special(self.spec["chat"], text)
 
     def decode(self, ids):
         """Text of ids. Bytes that are no UTF-8, and ids past the vocabulary (a model's may be
@@ -106,12 +137,28 @@ def load_gpt2():
                         "`bytes` and `bpe:N` work offline") from None
 
 
-def bpe_tokens(spec):
-    """The tokens' bytes by id. Raises UserError for a vocabulary that can't work."""
+def stored_tokens(spec, name):
     try:
-        tokens = [base64.b64decode(rank, validate=True) for rank in spec["ranks"]]
+        return [base64.b64decode(token, validate=True) for token in spec[name]]
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(error) from None
+
+
+def pretrained_order(spec):
+    """(ids by rank: those of the 256 bytes, then those of the merged tokens; the tokens' bytes by
+    id). Raises UserError for a vocabulary that can't work."""
+    tokens = stored_tokens(spec, "tokens")
+    order = spec.get("order", [])
+    if len(order) < 256 or not all(0 <= i < len(tokens) for i in order):
+        raise damaged("expected the ids of 256 bytes and of the merged tokens")
+    if len({tokens[i] for i in order[256:]}) != len(order) - 256:
+        raise damaged("expected no token twice")
+    return order, tokens
+
+
+def bpe_tokens(spec):
+    """The tokens' bytes by id. Raises UserError for a vocabulary that can't work."""
+    tokens = stored_tokens(spec, "ranks")
     # tiktoken's engine panics without these, and no `except Exception` would catch it
     known = set(tokens)
     all_bytes = all(bytes([i]) in known for i in range(256))

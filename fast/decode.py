@@ -4,7 +4,7 @@ fast/decode.py: the steps of decode.Decoder on two Triton kernels, as one CUDA g
 At batch 1, decoding is bound by kernel launches and by reading the weights once per step. So a
 block is five launches here, with the norms, the rotation, the cache and the sums inside:
 
-    skinny_matmul_kernel  a few rows times a matrix; RMSNorm before it, relu^2 or a sum after it
+    skinny_matmul_kernel  a few rows times a matrix; RMSNorm before it, an activation or a sum after
     attention_kernel      the new tokens' keys and values into the cache, then attention over it
 
 and a whole round is recorded once as a CUDA graph, then replayed by one launch.
@@ -62,6 +62,7 @@ class FastModel:
     def __init__(self, model):
         self.model = model
         self.config = model.config
+        self.eps = model.config.norm_eps
         # new tokens that attention_kernel has room for: those of any round of this model, with
         # however many heads. One number per model: another tile may be summed in another order
         self.tile = 16
@@ -80,10 +81,13 @@ class FastModel:
 
     def block(self, block, x, kv, positions, copy=None):
         """model.Block.forward; the result also goes into `copy`, see linear()"""
-        qkv = linear(x, block.attn.qkv.weight, norm=block.norm1.weight)
-        y = attention(qkv, positions.rope, kv, positions.pos, block.attn.n_head, self.tile)
+        activation = "swiglu" if block.gated else "square_relu"
+        qkv = linear(x, block.attn.qkv.weight, norm=block.norm1.weight, eps=self.eps)
+        y = attention(qkv, positions.rope, kv, positions.pos, self.config.n_head, self.tile)
         x = linear(y, block.attn.proj.weight, residual=x)
-        y = linear(x, block.fc.weight, norm=block.norm2.weight, square_relu=True)
+        y = linear(
+            x, block.fc.weight, norm=block.norm2.weight, activation=activation, eps=self.eps
+        )
         return linear(y, block.proj.weight, residual=x, copy=copy)
 
     def trunk_step(self, tokens, cache, positions):
@@ -106,7 +110,7 @@ class FastModel:
         head = self.model.heads[k - 1]
         x = linear(
             cache.hidden[k - 1], head.mix.weight, norm=head.norm_hidden.weight, rows=positions.pos,
-            second=(self.weight, head.norm_embed.weight, tokens),
+            second=(self.weight, head.norm_embed.weight, tokens), eps=self.eps,
         )
         copy = None
         if k < len(cache.hidden):
@@ -117,7 +121,7 @@ class FastModel:
     def logits(self, k, hidden, vocab=None):
         """GPT.logits"""
         norm = self.model.norm if k == 0 else self.model.heads[k - 1].norm_out
-        return linear(hidden, self.weight[:vocab], norm=norm.weight)
+        return linear(hidden, self.weight[:vocab], norm=norm.weight, eps=self.eps)
 
 
 class FastDecoder(Decoder):
@@ -168,13 +172,16 @@ def capture(function):
 
 
 def linear(
-    x, weight, norm=None, square_relu=False, residual=None, rows=None, second=None, copy=None
+    x, weight, norm=None, activation=None, residual=None, rows=None, second=None, copy=None,
+    eps=1e-5,
 ):
     """
     x (B, T, in) -> x @ weight.T (B, T, out), weight (out, in). Before it RMSNorm with the weights
-    `norm`, after it relu^2, or the sum with `residual` (B, T, out). Up to MAX_ROWS rows in all, a
-    row's result is the same to the last bit whatever rows are beside it
+    `norm`, after it an activation, or the sum with `residual` (B, T, out). Up to MAX_ROWS rows in
+    all, a row's result is the same to the last bit whatever rows are beside it
 
+    activation  None | "square_relu" | "swiglu": weight (2 out, in) is [gate; value], and the result
+            silu(x @ gate.T) * (x @ value.T)
     rows    (B, T): take those rows of x, which is a cache (B, S, in) or a table (S, in)
     second  (x, norm, rows) like these three; then [x ; its x] @ weight.T, weight (out, 2 in)
     copy    (cache (B, S, out), rows (B, T)): write the result there, too
@@ -184,7 +191,10 @@ def linear(
     N = len(weight)
     K = x.size(-1)
     if M > MAX_ROWS:
-        return linear_by_torch(x, weight, norm, square_relu, residual, rows, second, copy)
+        return linear_by_torch(x, weight, norm, activation, residual, rows, second, copy, eps)
+    if activation == "swiglu":
+        N //= 2
+        second = (x, norm, rows)
     x2, norm2, rows2 = second or (None, None, None)
     copy_to, copy_rows = copy or (None, None)
     tensors = []
@@ -199,8 +209,8 @@ def linear(
     BN, BK, warps, stages = tiles(N, K, second is not None)
     skinny_matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, 16))](
         *tensors, out, copy_to, copy_rows, M, N, shape[-1], *strides,
-        K=K, SQUARE_RELU=square_relu, BN=BN, BK=min(BK, triton.next_power_of_2(K)), num_warps=warps,
-        num_stages=stages if x.element_size() == 2 else 2, **pdl_options(),
+        K=K, ACTIVATION=activation, EPS=eps, BN=BN, BK=min(BK, triton.next_power_of_2(K)),
+        num_warps=warps, num_stages=stages if x.element_size() == 2 else 2, **pdl_options(),
     )
     return out
 
@@ -230,14 +240,17 @@ def tiles(N, K, two):
     return 8, 128, 2, 5
 
 
-def linear_by_torch(x, weight, norm, square_relu, residual, rows, second, copy):
+def linear_by_torch(x, weight, norm, activation, residual, rows, second, copy, eps):
     """the same in plain PyTorch: for many rows, and the twin of skinny_matmul_kernel"""
-    inputs = [normed_rows(x, norm, rows)]
+    inputs = [normed_rows(x, norm, rows, eps)]
     if second is not None:
-        inputs.append(normed_rows(*second))
+        inputs.append(normed_rows(*second, eps))
     y = F.linear(torch.cat(inputs, dim=-1), weight)
-    if square_relu:
+    if activation == "square_relu":
         y = F.relu(y).square()
+    if activation == "swiglu":
+        gate, y = y.chunk(2, dim=-1)
+        y = F.silu(gate) * y
     if residual is not None:
         y = y + residual
     if copy is not None:
@@ -246,29 +259,30 @@ def linear_by_torch(x, weight, norm, square_relu, residual, rows, second, copy):
     return y
 
 
-def normed_rows(x, norm, rows):
+def normed_rows(x, norm, rows, eps):
     if rows is not None and x.dim() == 2:
         x = x[rows]
     elif rows is not None:
         x = x[torch.arange(len(x), device=x.device)[:, None], rows]
-    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm, 1e-5)
+    return x if norm is None else F.rms_norm(x, x.shape[-1:], norm, eps)
 
 
 def attention(qkv, rope, cache, pos, n_head, tile=16):
-    """qkv (B, T, 3 d) of T <= tile new tokens at positions pos (B, T) -> (B, T, d); writes their
-    keys and values into the cache, (B, H, S, hd) each. rope: all positions', (2, length, hd)"""
-    B, T, d = qkv.shape
-    d = d // 3
+    """qkv (B, T, (H + 2 G) hd) of T <= tile new tokens at positions pos (B, T) -> (B, T, d); writes
+    their keys and values into the cache, (B, G, S, hd) each. rope: all positions', (2, length, hd)
+    """
+    B, T, _ = qkv.shape
     keys, values = cache
+    groups, S, head_dim = keys.shape[1:]
     assert T <= tile and qkv.is_contiguous() and rope.is_contiguous()
     assert keys.is_contiguous() and values.is_contiguous()
     assert keys.dtype == values.dtype == qkv.dtype and rope.dtype == torch.float32
-    out = qkv.new_empty(B, T, d)
+    out = qkv.new_empty(B, T, n_head * head_dim)
     # slots at a time: what fits into shared memory
-    slots = max(16, min(128, 2**14 * n_head // (d * qkv.element_size())))
+    slots = max(16, min(128, 2**14 // (head_dim * qkv.element_size())))
     attention_kernel[(B * n_head,)](
-        qkv, keys, values, pos.contiguous(), rope, out, T, keys.size(2), rope.size(1), H=n_head,
-        HD=d // n_head, ROWS=tile, BS=slots, num_warps=4, **pdl_options(),
+        qkv, keys, values, pos.contiguous(), rope, out, T, S, rope.size(1), H=n_head, G=groups,
+        HD=head_dim, ROWS=tile, BS=slots, num_warps=4, **pdl_options(),
     )
     return out
 
@@ -319,8 +333,8 @@ if triton is not None:
     @triton.jit
     def skinny_matmul_kernel(
         x_ptr, norm_ptr, rows_ptr, x2_ptr, norm2_ptr, rows2_ptr, weight_ptr, residual_ptr, out_ptr,
-        copy_ptr, copy_rows_ptr, M, N, T, S, S2, S3, K: tl.constexpr, SQUARE_RELU: tl.constexpr,
-        BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+        copy_ptr, copy_rows_ptr, M, N, T, S, S2, S3, K: tl.constexpr, ACTIVATION: tl.constexpr,
+        EPS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
     ):
         """BN columns of the output for 16 rows, as many as a tensor core takes. Its cost is reading
         the weights once"""
@@ -342,23 +356,32 @@ if triton is not None:
                 )
         else:  # both in one loop: their weights travel at the same time
             source2 = row_index(rows2_ptr, m, M, T, S2)
+            if ACTIVATION == "swiglu":  # the second half of the rows
+                weight2_ptr = weight_ptr + N * K
+                stride = K
+            else:                       # of the columns
+                weight2_ptr = weight_ptr + K
+                stride = 2 * K
             for start in range(0, K, BK):
                 k = start + tl.arange(0, BK)
                 y, square = add_product(
-                    y, square, x_ptr, norm_ptr, source, weight_ptr, n, m, k, M, N, 2 * K, K
+                    y, square, x_ptr, norm_ptr, source, weight_ptr, n, m, k, M, N, stride, K
                 )
                 y2, square2 = add_product(
-                    y2, square2, x2_ptr, norm2_ptr, source2, weight_ptr + K, n, m, k, M, N, 2 * K, K
+                    y2, square2, x2_ptr, norm2_ptr, source2, weight2_ptr, n, m, k, M, N, stride, K
                 )
         if norm_ptr is not None:  # the root mean square belongs to the row: divide at the end
-            y *= tl.rsqrt(tl.sum(square, 1) / K + 1e-5)[:, None]
+            y *= tl.rsqrt(tl.sum(square, 1) / K + EPS)[:, None]
         if x2_ptr is not None:
             if norm2_ptr is not None:
-                y2 *= tl.rsqrt(tl.sum(square2, 1) / K + 1e-5)[:, None]
-            y += y2
+                y2 *= tl.rsqrt(tl.sum(square2, 1) / K + EPS)[:, None]
+            if ACTIVATION == "swiglu":
+                y = y / (1 + tl.exp(-y)) * y2
+            else:
+                y += y2
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-        if SQUARE_RELU:
+        if ACTIVATION == "square_relu":
             y = tl.maximum(y, 0.0)
             y *= y
         place = m[:, None] * N + n[None, :]
@@ -386,26 +409,27 @@ if triton is not None:
     @triton.jit
     def attention_kernel(
         qkv_ptr, keys_ptr, values_ptr, pos_ptr, rope_ptr, out_ptr, T, S, length, H: tl.constexpr,
-        HD: tl.constexpr, ROWS: tl.constexpr, BS: tl.constexpr, PDL: tl.constexpr,
+        G: tl.constexpr, HD: tl.constexpr, ROWS: tl.constexpr, BS: tl.constexpr, PDL: tl.constexpr,
     ):
         """one attention head of one sequence: rotate q and k, write k and v, then softmax(q k) v
-        over the cache, BS slots at a time"""
+        over the cache, BS slots at a time. Heads that share keys all write them, the same ones"""
         if PDL:
             tl.extra.cuda.gdc_wait()
         b = tl.program_id(0) // H
         h = tl.program_id(0) % H
+        g = h // (H // G)
         t = tl.arange(0, ROWS)
         i = tl.arange(0, HD)
         valid = (t < T)[:, None]
         t = tl.minimum(t, T - 1)  # rows past the last repeat it
         p = tl.load(pos_ptr + b * T + t).to(tl.int32)
-        row = (b * T + t) * 3 * H * HD + h * HD
+        row = (b * T + t) * (H + 2 * G) * HD
         dtype = keys_ptr.dtype.element_ty
-        q = load_rotated(qkv_ptr, row, rope_ptr, p, length, HD)
+        q = load_rotated(qkv_ptr, row + h * HD, rope_ptr, p, length, HD)
         q = (q * HD**-0.5).to(dtype)
-        k_new = load_rotated(qkv_ptr, row + H * HD, rope_ptr, p, length, HD).to(dtype)
-        v_new = tl.load(qkv_ptr + (row + 2 * H * HD)[:, None] + i[None, :])
-        own = tl.program_id(0).to(tl.int64) * S * HD
+        k_new = load_rotated(qkv_ptr, row + (H + g) * HD, rope_ptr, p, length, HD).to(dtype)
+        v_new = tl.load(qkv_ptr + (row + (H + G + g) * HD)[:, None] + i[None, :])
+        own = (b * G + g).to(tl.int64) * S * HD
         slot = own + p[:, None] * HD + i[None, :]
         tl.store(keys_ptr + slot, k_new, mask=valid)
         tl.store(values_ptr + slot, v_new, mask=valid)

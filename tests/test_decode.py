@@ -26,10 +26,14 @@ pytestmark = pytest.mark.usefixtures("float64")
 RULES = ["residual", "point", "match"]
 
 
-def make_model(vocab=5, block=12, K=3, layers=1, seed=0, heads=1):
+LLAMA = dict(n_kv_head=1, swiglu=6, rope_base=50.0, norm_eps=0.01)  # as pretrained models have
+
+
+def make_model(vocab=5, block=12, K=3, layers=1, seed=0, heads=1, **options):
     """a toy in eval mode with large random weights: every error shows, but few drafts are
     accepted"""
-    model = GPT(GPTConfig(vocab, block, layers, heads, n_embd=8, n_mtp=K)).requires_grad_(False)
+    config = GPTConfig(vocab, block, layers, heads, n_embd=8, n_mtp=K, **options)
+    model = GPT(config).requires_grad_(False)
     gen = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         weight.copy_(torch.randn(weight.shape, generator=gen) * 0.5 + (weight.dim() == 1))
@@ -154,7 +158,8 @@ def some_request(rng, seed, K):
     if seed % 2:
         V, start = rng.choice([2, 3, 11]), 0
         shape = dict(layers=1 + seed % 3 // 2, heads=1 + seed % 4 // 2)
-        model = make_model(V, block, K, seed=1000 * K + seed, **shape)
+        options = LLAMA if seed % 8 > 3 else {}
+        model = make_model(V, block, K, seed=1000 * K + seed, **shape, **options)
     else:
         V, start = 7, rng.randrange(7)
         model = counting_model(K, block, rng.choice([0.05, 0.1, 0.15]), seed)
@@ -197,7 +202,8 @@ def test_cached_drafts_texts_and_counts_equal_those_by_hand(K, monkeypatch):
     # the text
     seen, lengths, near_start = spy_on_rounds(monkeypatch), torch.zeros(K + 1, dtype=torch.long), 0
     for seed in range(6):
-        random_one = make_model(3, 8 + K, K, layers=2, seed=seed + 50 * K)
+        options = LLAMA if seed > 2 else {}
+        random_one = make_model(3, 8 + K, K, layers=2, seed=seed + 50 * K, heads=2, **options)
         # much noise: one stale row is then enough to change a draft
         noise = 0.3 / (6 - seed) if K > 1 else 0.3
         model = counting_model(K, 8 + K, noise, seed) if seed % 2 else random_one

@@ -410,12 +410,9 @@ def test_help_tells_every_flag(monkeypatch, capsys):
 
 
 def test_bad_requests(base, tmp_path, monkeypatch):
-    for m, n, message in [(4, 4, "4 already"), (4, 3, "more than 4"), (0, 8, "no MTP heads"),
-                          (4, 20, "block_size")]:
+    for m, n, message in [(4, 4, "4 already"), (4, 3, "more than 4"), (4, 20, "block_size")]:
         with pytest.raises(ValueError, match=message):
             loop_heads(make_model(m), n)
-    plain = tmp_path / "plain.pt"
-    common.save_checkpoint(plain, make_model(0), train_config={}, tokenizer={"kind": "bytes"})
     (tmp_path / "text.pt").write_text("once upon a time", encoding="utf-8")
     (tmp_path / "other.txt").write_text(TEXT, encoding="utf-8")
     other = P.prepare(tmp_path / "other.txt", "bpe:260", tmp_path / "other", quiet=True)
@@ -424,7 +421,7 @@ def test_bad_requests(base, tmp_path, monkeypatch):
     none, text, done = tmp_path / "none.pt", tmp_path / "text.pt", tmp_path / "ok/ckpt.pt"
     for argv, message in [
         ([base, "--heads", 2], "heads is 2.*more than 2"), ([base, "--heads", 1], "heads is 1"),
-        ([base, "--heads", 24], "block_size"), ([plain], "no MTP heads"),
+        ([base, "--heads", 24], "block_size"),
         ([none], "no checkpoint at"), ([text], "can't be loaded"), ([""], "no checkpoint"),
         (["--resume", base], "was written by train.py: resume it with `python train.py --resume"),
         (["--resume", ""], "no checkpoint"), ([base, "--compile", "yes"], "--compile"),

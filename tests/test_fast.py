@@ -158,19 +158,26 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.mark.parametrize("T, d_in, d_out, norm, relu, residual", [
-    (1, 40, 24, False, False, False),
-    (5, 40, 24, True, False, False),
-    (3, 24, 40, True, True, False),
-    (17, 40, 8, False, False, True),
+@pytest.mark.parametrize("many", [32, 0])
+@pytest.mark.parametrize("T, d_in, d_out, norm, activation, residual", [
+    (1, 40, 24, False, None, False),
+    (5, 40, 24, True, None, False),
+    (3, 24, 40, True, "square_relu", False),
+    (17, 40, 8, False, None, True),
+    (5, 40, 24, True, "swiglu", False),
+    (18, 24, 9, False, "swiglu", False),
 ])
-def test_linear_is_torchs(T, d_in, d_out, norm, relu, residual):
-    x, weight = rand(1, T, d_in), rand(d_out, d_in, seed=1)
+def test_linear_is_torchs(T, d_in, d_out, norm, activation, residual, many, monkeypatch):
+    # 0: the path for many rows, by torch
+    monkeypatch.setattr(fast.decode, "MAX_ROWS", many)
+    x, weight = rand(1, T, d_in), rand(d_out * (1 + (activation == "swiglu")), d_in, seed=1)
     g, r = (rand(d_in, seed=2) if norm else None), (rand(1, T, d_out, seed=3) if residual else None)
-    got = fast.decode.linear(x, weight, g, relu, r)
-    want = (F.rms_norm(x, (d_in,), g, 1e-5) if norm else x) @ weight.T
-    if relu:
+    got = fast.decode.linear(x, weight, g, activation, r, eps=0.1)
+    want = (F.rms_norm(x, (d_in,), g, 0.1) if norm else x) @ weight.T
+    if activation == "square_relu":
         want = want.relu().square()
+    if activation == "swiglu":
+        want = F.silu(want[..., :d_out]) * want[..., d_out:]
     if residual:
         want = want + r
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -223,27 +230,33 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_is_beside_it():
     assert torch.equal(torch.cat(alone, 1), together)
 
 
-def test_attention_is_the_models():
+@pytest.mark.parametrize("G", [4, 2, 1])
+def test_attention_is_the_models(G):
     """after a prefix, over a stale draft, rows of two sequences at positions of their own"""
-    config = model.GPTConfig(vocab_size=9, block_size=16, n_layer=1, n_head=2, n_embd=32, n_mtp=1)
+    shape = dict(vocab_size=9, block_size=16, n_layer=1, n_head=4, n_embd=64, n_mtp=1)
+    config = model.GPTConfig(**shape, n_kv_head=G, rope_base=50.0)
     attn, gpt = model.Attention(config).to(DEVICE), model.GPT(config).to(DEVICE)
-    caches = [(rand(2, 2, 16, 16, seed=4), rand(2, 2, 16, 16, seed=5)) for _ in range(2)]
-    x, pos = rand(2, 3, 32), torch.tensor([[5, 6, 7], [0, 0, 1]], device=DEVICE)
+    caches = [(rand(2, G, 16, 16, seed=4), rand(2, G, 16, 16, seed=5)) for _ in range(2)]
+    x, pos = rand(2, 3, 64), torch.tensor([[5, 6, 7], [0, 0, 1]], device=DEVICE)
     # near the start of a text, a draft does row 0 repeatedly
     x[1, 1] = x[1, 0]
     positions = gpt.positions(model.Cache(gpt, 2, 16, 1), pos)
     with torch.no_grad():
         want = attn(x, positions, caches[0])
         qkv = attn.qkv(x)
-        got = fast.decode.attention(qkv, gpt.rope, caches[1], pos, 2)
+        got = fast.decode.attention(qkv, gpt.rope, caches[1], pos, 4)
         torch.testing.assert_close(attn.proj(got), want, rtol=1e-5, atol=1e-5)
         for a, b in zip(caches[0], caches[1]):
             torch.testing.assert_close(a, b)
 
 
-def toy():
+LLAMA = dict(n_head=2, n_kv_head=1, n_embd=32, swiglu=24, rope_base=50.0, norm_eps=0.1)
+both_kinds = pytest.mark.parametrize("options", [{}, LLAMA], ids=["plain", "llama"])
+
+
+def toy(**options):
     shape = dict(vocab_size=11, block_size=12, n_layer=1, n_head=1, n_embd=16, n_mtp=2)
-    gpt = model.GPT(model.GPTConfig(**shape)).to(DEVICE)
+    gpt = model.GPT(model.GPTConfig(**{**shape, **options})).to(DEVICE)
     with torch.no_grad():
         for p in gpt.parameters():
             p.copy_(rand(*p.shape, seed=p.numel()) / p.size(-1) ** 0.5)
@@ -257,13 +270,32 @@ def toy():
     (2, 1.0, "point"),
     (2, 1.0, "match"),
 ])
-def test_one_seed_is_one_text_with_and_without_the_fast_path(heads, temperature, rule):
-    gpt, texts = toy(), {}
+@both_kinds
+def test_one_seed_is_one_text_with_and_without_the_fast_path(heads, temperature, rule, options):
+    gpt, texts = toy(**options), {}
     for path in ("on", "off", "auto"):
         generator = torch.Generator(DEVICE).manual_seed(1)
         options = dict(heads=heads, temperature=temperature, accept=rule, generator=generator)
         texts[path], _ = decode.generate(gpt, [[1, 2, 3], [4]], 4, fast=path, **options)
     assert texts["on"] == texts["off"] == texts["auto"]
+
+
+@both_kinds
+def test_steps_are_the_models(options):
+    """trunk, heads and logits, number by number"""
+    gpt, results = toy(**options), []
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]], device=DEVICE)
+    pos = torch.tensor([[0, 1, 2], [0, 1, 2]], device=DEVICE)
+    for path in (gpt, fast.decode.FastModel(gpt)):
+        cache = model.Cache(gpt, 2, 12, 2)
+        with torch.no_grad():
+            positions = path.positions(cache, pos)
+            hidden = [path.trunk_step(tokens, cache, positions)]
+            hidden += [path.head_step(k, tokens, cache, positions) for k in (1, 2)]
+            logits = [path.logits(k, h) for k, h in enumerate(hidden)]
+        results.append([*logits, *[x for pair in cache.kv for x in pair], *cache.hidden])
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_left_in_the_model():
@@ -306,11 +338,12 @@ def test_auto_falls_back_and_on_does_not(monkeypatch):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("options", [{}, dict(n_kv_head=2, swiglu=512, rope_base=1e5)])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_in_bf16_the_text_is_plain_decodings_to_the_last_token(heads):
+def test_in_bf16_the_text_is_plain_decodings_to_the_last_token(heads, options):
     torch.manual_seed(0)
     shape = dict(vocab_size=512, block_size=256, n_layer=4, n_head=4, n_embd=256, n_mtp=4)
-    gpt = model.GPT(model.GPTConfig(**shape)).to("cuda", torch.bfloat16)
+    gpt = model.GPT(model.GPTConfig(**shape, **options)).to("cuda", torch.bfloat16)
     for n in range(8):
         prompt = torch.randint(512, (20 + n,)).tolist()
         texts = [decode.generate(gpt, [prompt], 150, heads=k, fast="on")[0] for k in (0, heads)]
@@ -358,8 +391,9 @@ for module in (fast.decode, fast.loss):
     for name in [name for name in vars(module) if name.endswith("_kernel")]:
         setattr(module, name, Compiled(getattr(module, name)))
 for dtype in (torch.bfloat16, torch.float32):
-    for d, heads in ((384, 6), (256, 2), (1280, 10)):
-        gpt = model.GPT(model.GPTConfig(9000, 32, 1, heads, d, 2)).to(dtype)
+    llama = dict(n_kv_head=3, swiglu=1536)
+    for d, heads, options in ((384, 6, {}), (256, 2, {}), (1280, 10, {}), (576, 9, llama)):
+        gpt = model.GPT(model.GPTConfig(9000, 32, 1, heads, d, 2, **options)).to(dtype)
         steps = fast.decode.FastModel(gpt)
         cache, pos = model.Cache(gpt, 1, 20, 2), torch.tensor([[4, 5, 6]])
         positions = steps.positions(cache, pos)

@@ -278,8 +278,8 @@ def test_initial_weights():
 # ---- extend.py
 
 EXTEND_FLAGS = {*extend.FLAGS, "heads"}
-CHANGES_EXTENSION = dict(heads=3, steps=3, data="other", lr=0.05, beta="0.9", batch_size=4,
-                         seed=2)
+CHANGES_EXTENSION = dict(heads=3, steps=3, data="other", lr=0.05, alpha="0.9", beta="0.9", top_n=3.0,
+                         batch_size=4, seed=2)
 KEEPS_EXTENSION = dict(micro_batch=2, eval_every=1, eval_windows=2)
 
 
@@ -398,7 +398,8 @@ def test_each_flag_of_decode_reaches_generate(learned, capsys, name):
 
 
 def test_every_flag_of_decode_is_tested():
-    assert DECODE_FLAGS == {*OF_GENERATE, "device", "fast", "svg"}
+    assert DECODE_FLAGS == {*OF_GENERATE, "device", "fast", "svg",
+                            "chat", "stop"}    # test_first_heads.py
 
 
 def test_fast_picks_the_decoder(learned, monkeypatch, capsys):

@@ -9,6 +9,9 @@ from model import GPT, Cache, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
 SHAPE = {"vocab_size": 13, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 8}
+# what current models have: heads that share keys, gated SiLU, another RoPE base and epsilon
+LLAMA = dict(n_head=4, n_kv_head=2, n_embd=16, swiglu=10, rope_base=50.0, norm_eps=0.01)
+both_kinds = pytest.mark.parametrize("kind", [{}, LLAMA], ids=["plain", "llama"])
 
 
 def make_model(n_mtp=3, seed=1, **changes):
@@ -34,65 +37,78 @@ def close(got, want, atol, what):
 # time, from the named weights
 
 
-def ref_norm(x, gain):
-    return x / math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + 1e-5) * gain
+def ref_norm(x, gain, eps):
+    return x / math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + eps) * gain
 
 
-def ref_turn(x, position):
-    """rotary: the pair (x_i, x_{i + half}) turns by position * 10000^(-2i/size)"""
+def ref_turn(x, position, base):
+    """rotary: the pair (x_i, x_{i + half}) turns by position * base^(-2i/size)"""
     out, half = x.clone(), len(x) // 2
     for i in range(half):
-        angle = position * 10000.0 ** (-2 * i / len(x))
+        angle = position * base ** (-2 * i / len(x))
         out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
         out[i + half] = x[i] * math.sin(angle) + x[i + half] * math.cos(angle)
     return out
 
 
-def ref_block(w, at, xs):
+def ref_block(config, w, at, xs):
     """w: weights by name; at: the block's prefix; xs: one vector a position -> the same"""
-    d, size = len(xs[0]), len(xs[0]) // SHAPE["n_head"]
-    qkv = [w[at + "attn.qkv.weight"] @ ref_norm(x, w[at + "norm1.weight"]) for x in xs]
+    d, size = len(xs[0]), len(xs[0]) // config.n_head
+    eps, base, groups = config.norm_eps, config.rope_base, config.n_kv_head
+    qkv = [w[at + "attn.qkv.weight"] @ ref_norm(x, w[at + "norm1.weight"], eps) for x in xs]
+    qs, ks, vs = zip(*(row.split([d, groups * size, groups * size]) for row in qkv))
     mid = []
     for i, x in enumerate(xs):
         seen = torch.zeros(d)
-        for head in range(SHAPE["n_head"]):
+        for head in range(config.n_head):
+            shared = head * groups // config.n_head       # which keys and values: 0 0 1 1 ..
             part = slice(head * size, (head + 1) * size)
-            q = ref_turn(qkv[i][:d][part], i)
-            keys = [ref_turn(qkv[j][d : 2 * d][part], j) for j in range(i + 1)]
+            group = slice(shared * size, (shared + 1) * size)
+            q = ref_turn(qs[i][part], i, base)
+            keys = [ref_turn(ks[j][group], j, base) for j in range(i + 1)]
             scores = [float(q @ k) / math.sqrt(size) for k in keys]
             total = sum(math.exp(s) for s in scores)
             for j, score in enumerate(scores):
-                seen[part] += math.exp(score) / total * qkv[j][2 * d :][part]
+                seen[part] += math.exp(score) / total * vs[j][group]
         mid.append(x + w[at + "attn.proj.weight"] @ seen)
     out = []
     for x in mid:
-        up = w[at + "fc.weight"] @ ref_norm(x, w[at + "norm2.weight"])
-        out.append(x + w[at + "proj.weight"] @ torch.tensor([max(float(u), 0.0) ** 2 for u in up]))
+        up = w[at + "fc.weight"] @ ref_norm(x, w[at + "norm2.weight"], eps)
+        inner = [max(float(u), 0.0) ** 2 for u in up]
+        if config.swiglu:
+            pairs = zip(up[: config.swiglu].tolist(), up[config.swiglu :].tolist())
+            inner = [gate / (1 + math.exp(-gate)) * value for gate, value in pairs]
+        out.append(x + w[at + "proj.weight"] @ torch.tensor(inner))
     return out
 
 
 def ref_logits(model, tokens):
     """tokens: a list of ids -> K+1 tensors (T-k, V)"""
-    w, emb = model.state_dict(), model.state_dict()["embed.weight"]
+    w, emb, config = model.state_dict(), model.state_dict()["embed.weight"], model.config
+
+    def norm(x, name):
+        return ref_norm(x, w[f"{name}.weight"], config.norm_eps)
+
     hidden = [emb[t] for t in tokens]
-    for layer in range(SHAPE["n_layer"]):
-        hidden = ref_block(w, f"blocks.{layer}.", hidden)
-    out = [torch.stack([emb @ ref_norm(h, w["norm.weight"]) for h in hidden])]
-    for k in range(1, model.config.n_mtp + 1):
+    for layer in range(config.n_layer):
+        hidden = ref_block(config, w, f"blocks.{layer}.", hidden)
+    out = [torch.stack([emb @ norm(h, "norm") for h in hidden])]
+    for k in range(1, config.n_mtp + 1):
         at = f"heads.{k - 1}."
         mixed = []
         for i in range(len(tokens) - k):  # h'^k_i = M_k [ norm(h^{k-1}_i) ; norm(Emb(t_{i+k})) ]
-            both = [ref_norm(hidden[i], w[at + "norm_hidden.weight"]),
-                    ref_norm(emb[tokens[i + k]], w[at + "norm_embed.weight"])]
-            mixed.append(w[at + "mix.weight"] @ torch.cat(both))
-        hidden = ref_block(w, at + "block.", mixed)
-        out.append(torch.stack([emb @ ref_norm(h, w[at + "norm_out.weight"]) for h in hidden]))
+            left = norm(hidden[i], at + "norm_hidden")
+            right = norm(emb[tokens[i + k]], at + "norm_embed")
+            mixed.append(w[at + "mix.weight"] @ torch.cat([left, right]))
+        hidden = ref_block(config, w, at + "block.", mixed)
+        out.append(torch.stack([emb @ norm(h, at + "norm_out") for h in hidden]))
     return out
 
 
+@both_kinds
 @pytest.mark.parametrize("K", [0, 1, 3])
-def test_all_logits_equal_the_loop_reference(K):
-    model, tokens = make_model(K), random_tokens(2, 7)
+def test_all_logits_equal_the_loop_reference(K, kind):
+    model, tokens = make_model(K, **kind), random_tokens(2, 7)
     got = model.all_logits(tokens)
     assert [tuple(x.shape) for x in got] == [(2, 7 - k, 13) for k in range(K + 1)]
     for b in range(2):
@@ -103,10 +119,11 @@ def test_all_logits_equal_the_loop_reference(K):
 # ---- who sees what
 
 
-def test_a_row_sees_exactly_the_tokens_before_its_target():
+@both_kinds
+def test_a_row_sees_exactly_the_tokens_before_its_target(kind):
     # row i of entry k predicts t_{i+k+1}: its gradient reaches the embedding of t_j if and only if
     # j <= i+k
-    model, T, leaf = make_model(3), 7, []
+    model, T, leaf = make_model(3, **kind), 7, []
 
     def cut(module, args, out):  # stands for the embeddings of the T tokens, each on its own
         leaf[:] = [out.detach().requires_grad_()]
@@ -121,8 +138,9 @@ def test_a_row_sees_exactly_the_tokens_before_its_target():
             assert not grad[0, i + k + 1 :].any(), f"entry {k} row {i}"
 
 
-def test_changing_a_token_changes_nothing_before_it():
-    model, tokens, T = make_model(3), random_tokens(2, 8), 8
+@both_kinds
+def test_changing_a_token_changes_nothing_before_it(kind):
+    model, tokens, T = make_model(3, **kind), random_tokens(2, 8), 8
     before = model.all_logits(tokens)
     for j in range(T):
         other = tokens.clone()
@@ -148,13 +166,15 @@ def caches(model, batch, slots, heads):
 
 
 @torch.no_grad()
+@both_kinds
 @pytest.mark.parametrize("seed", range(4))
-def test_cached_steps_with_rollbacks_equal_the_full_forward(seed):
+def test_cached_steps_with_rollbacks_equal_the_full_forward(seed, kind):
     # rows of the batch stand at different positions, wrong tokens are fed and taken back, in chunks
     # of any size
     K, B, T = 3, 3, 14
     # T + K: each head has its last token
-    model, tokens = make_model(K, block_size=T + K), random_tokens(B, T + K, seed=seed)
+    model = make_model(K, block_size=T + K, **kind)
+    tokens = random_tokens(B, T + K, seed=seed)
     # differs everywhere
     wrong = (tokens + 1 + random_tokens(B, T + K, seed=99) % 12) % 13
     want = model.all_logits(tokens)
@@ -185,10 +205,11 @@ def test_cached_steps_with_rollbacks_equal_the_full_forward(seed):
 
 
 @torch.no_grad()
-def test_a_position_twice_in_one_step_is_written_once_more_the_same():
+@both_kinds
+def test_a_position_twice_in_one_step_is_written_once_more_the_same(kind):
     # a draft past the end is clamped to the last slot (decode.py): the same position, token and
     # hidden state repeat
-    model, tokens = make_model(1), random_tokens(1, 8)
+    model, tokens = make_model(1, **kind), random_tokens(1, 8)
     want = model.all_logits(tokens)
     cache = caches(model, 1, 8, 1)
     for pos in ([0, 1, 2, 3], [4, 5, 6, 6, 6]):
@@ -202,9 +223,10 @@ def test_a_position_twice_in_one_step_is_written_once_more_the_same():
 
 
 @torch.no_grad()
+@both_kinds
 @pytest.mark.parametrize("heads", [0, 1])
-def test_a_cache_for_fewer_heads_than_the_model_has(heads):
-    model, tokens, pos = make_model(2), random_tokens(1, 6), torch.arange(5)[None]
+def test_a_cache_for_fewer_heads_than_the_model_has(heads, kind):
+    model, tokens, pos = make_model(2, **kind), random_tokens(1, 6), torch.arange(5)[None]
     cache, want = caches(model, 1, 6, heads), model.all_logits(tokens)
     assert (len(cache.kv), len(cache.hidden)) == (SHAPE["n_layer"] + heads, heads)
     pos = model.positions(cache, pos)
@@ -254,6 +276,19 @@ def test_count_parameters_adds_up():
     head = block + 2 * d * d + 3 * d
     total = sum(w.numel() for w in make_model(3).parameters())
     assert count == dict(embedding=13 * d, trunk=2 * block + d, heads=3 * head, total=total)
+    d, F, shared = 16, 10, 8    # G hd
+    block = 2 * d * d + 2 * d * shared + 3 * d * F + 2 * d
+    assert make_model(1, **LLAMA).count_parameters()["trunk"] == 2 * block + d
+
+
+def test_a_cache_holds_a_row_for_each_key_value_head():
+    assert Cache(make_model(0, **LLAMA), 3, 5, 0).kv[0][0].shape == (3, 2, 5, 4)      # G, not H
+
+
+def test_the_defaults_are_a_plain_gpt():
+    """a checkpoint of an earlier version lacks these settings, and must load as what it is"""
+    named = GPTConfig(**SHAPE, n_kv_head=2, swiglu=0, rope_base=10000.0, norm_eps=1e-5)
+    assert GPTConfig(**SHAPE) == named
 
 
 # ---- numbers and modes
@@ -300,7 +335,10 @@ def test_dropout_acts_in_training_only():
     ({"n_embd": 9}, "n_embd is 9 with n_head 2"),
     ({"n_embd": 6}, "n_embd is 6 with n_head 2"),       # 6 / 2 is odd
     ({"n_mtp": 12}, "n_mtp is 12 with block_size 12"), ({"dropout": 1.0}, "dropout is 1.0"),
-    ({"dropout": -0.1}, "dropout is -0.1")])
+    ({"dropout": -0.1}, "dropout is -0.1"), ({"swiglu": -1}, "swiglu is -1"),
+    ({"n_kv_head": 3}, "n_kv_head is 3; it must divide n_head 2"),
+    ({"n_kv_head": -1}, "n_kv_head is -1"), ({"rope_base": 0.0}, "rope_base is 0.0"),
+    ({"norm_eps": 0.0}, "norm_eps is 0.0")])
 def test_a_bad_config_says_what_is_wrong(changes, found):
     with pytest.raises(ValueError, match=found):
         GPTConfig(**{**SHAPE, "n_mtp": 3, **changes})
