@@ -275,6 +275,9 @@ def check(root, number):
     failed = re.search(r"^(?:FAILED|ERROR) ([\w/.]+::\w+)", done.stdout, re.MULTILINE)
     name = failed[1] if failed else ""
     look = " ".join(tests.get(name, "").split())
+    other = re.search(r"NotImplementedError: exercise (\d+)", done.stdout)
+    if other:
+        look = f"a function of exercise {other[1]} is called, and is empty: write that one first"
     print(f"exercise {number}: not yet. {name}\nlook at this: {look or 'the traceback below'}\n")
     print(done.stdout + done.stderr)
     return 1

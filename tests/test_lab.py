@@ -192,6 +192,16 @@ def test_check_says_what_to_look_at_before_the_traceback_and_what_is_next(
         assert out.index("look at this: AR_k divides") < out.index("Traceback")
 
 
+def test_a_solution_that_calls_an_empty_function_is_told_so(monkeypatch, capsys):
+    """`point` may call `residual`, which is another exercise"""
+    text = "E  NotImplementedError: exercise 7\nFAILED tests/test_exercises.py::test_6_a_certain_token"
+    done = SimpleNamespace(returncode=1, stdout=text, stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
+    assert lab.check(ROOT, 6) == 1
+    out = capsys.readouterr().out
+    assert "look at this: a function of exercise 7 is called, and is empty" in out
+
+
 def test_a_file_that_is_not_python_is_named(root):
     lab.write(root / "decode.py", lab.read(root / "decode.py") + "def broken(:\n")
     for command in (lab.check, lab.solve, lab.start):
@@ -560,6 +570,7 @@ def test_a_handout_is_green_once_it_is_solved(original, tmp_path):
     shutil.copyfile(tmp_path / "class-answers.json", folder / ".lab/answers.json")
     for number in CORE:
         lab.solve(folder, number)
+    for number in CORE:
         begin = time.perf_counter()
         assert lab.check(folder, number) == 0
         assert time.perf_counter() - begin < 15, f"check {number} takes too long"
