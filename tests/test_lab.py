@@ -194,7 +194,7 @@ def test_check_says_what_to_look_at_before_the_traceback_and_what_is_next(
 
 def test_a_solution_that_calls_an_empty_function_is_told_so(monkeypatch, capsys):
     """`point` may call `residual`, which is another exercise"""
-    text = "E  NotImplementedError: exercise 7\nFAILED tests/test_exercises.py::test_6_a_certain_token"
+    text = "E  NotImplementedError: exercise 7\nFAILED tests/test_exercises.py::test_6_x"
     done = SimpleNamespace(returncode=1, stdout=text, stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
     assert lab.check(ROOT, 6) == 1
