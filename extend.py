@@ -59,6 +59,10 @@ def freeze_all_but(model, heads):
     model.requires_grad_(False)
     for k in heads:
         model.heads[k].requires_grad_(True)
+    for k, head in enumerate(model.heads):
+        if k not in heads and any(p.requires_grad for p in head.parameters()):
+            raise UserError("the heads share weights, so that training the new ones would change "
+                            "the frozen ones; give each head its own")
 
 
 # flags of train.py that are flags here, too

@@ -231,7 +231,6 @@ SHARED_BLOCK = """
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="extend.py prints `frozen` and yet trains the shared block")
 def test_heads_that_share_one_block_are_extended_or_refused(tmp_path):
     """what is printed as frozen must not change; a refusal is one line"""
     mutations.copy_to(tmp_path)
