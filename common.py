@@ -58,16 +58,21 @@ def parse(cls, text, extra=(), argv=None, only=None):
     return given, rest
 
 
+def check_types(cfg):
+    """raises a UserError for the first flag whose value, from a file, is of another type"""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        number = isinstance(value, int) and field.type is float
+        if not isinstance(value, field.type) and not number:
+            raise UserError(f"--{field.name} is {value!r}; it must be a {field.type.__name__}")
+
+
 def check_flags(cfg):
     """raises a UserError for the first flag with a value outside its range or its choices"""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         low, high, choices = field.metadata["limits"]
-        number = isinstance(value, int) and field.type is float
-        if not isinstance(value, field.type) and not number:
-            good = False
-            expected = f"a {field.type.__name__}"
-        elif choices:
+        if choices:
             good = value in choices
             expected = "one of " + ", ".join(filter(None, choices))
         elif isinstance(value, str):

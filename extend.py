@@ -87,7 +87,7 @@ def extension_config(base, given, plan, n):
     )
     if "batch_size" in given:
         cfg.micro_batch = 0
-    cfg = dataclasses.replace(cfg, **given)
+    cfg = dataclasses.replace(cfg, n_mtp=plan["from_heads"], **given)
     cfg.warmup = min(base.warmup, cfg.steps // 10)
     if plan["from_heads"]:
         alpha, beta = train.head_weights(cfg)  # of the m heads

@@ -31,8 +31,9 @@ from tqdm import tqdm
 import decode
 import distill
 from common import (
-    UserError, append_row, autocast, check_entries, check_flags, flag, keep_old, load_checkpoint,
-    one_line, parse, pick_device, pick_dtype, processes, run, save_checkpoint, start_log,
+    UserError, append_row, autocast, check_entries, check_flags, check_types, flag, keep_old,
+    load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run, save_checkpoint,
+    start_log,
 )
 from data.errors import printable
 from data.prepare import Tokenizer, find_dataset, load_dataset
@@ -124,7 +125,9 @@ RETIRED = {"clip_apart": False, "kl_grad": "full"}
 def stored_config(meta):
     """the TrainConfig in a checkpoint, without the flags of other versions"""
     stored = meta["train_config"].items()
-    return TrainConfig(**{name: value for name, value in stored if hasattr(TrainConfig, name)})
+    cfg = TrainConfig(**{name: value for name, value in stored if hasattr(TrainConfig, name)})
+    check_types(cfg)
+    return cfg
 
 
 def make_config(given):
@@ -324,6 +327,7 @@ def check_moments(groups, moments):
     shapes = {i: [torch.Size(), p.shape, p.shape] for i, p in enumerate(params)}
     found = {}
     for i, own in moments.items():
+        own = own if isinstance(own, dict) else {}
         parts = [own.get(name) for name in ("step", "exp_avg", "exp_avg_sq")]
         found[i] = [part.shape if torch.is_tensor(part) else None for part in parts]
     if found != shapes:
@@ -597,7 +601,9 @@ def resume(path, given, writer="train.py"):
         if state["train_config"].get(name, plain) != plain:
             raise UserError(f"{path} was trained with --{name} {state['train_config'][name]}, "
                             "which this version lacks; resume it with the version that wrote it")
-    if not (state.get("optimizer") or {}).get("state"):
+    optimizer = state.get("optimizer")
+    moments = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(moments, dict) or not moments:
         raise UserError(f"{path} has no optimizer state, so that training can't continue exactly; "
                         "resume another checkpoint, or train anew")
     cfg = dataclasses.replace(stored, **{
