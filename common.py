@@ -64,7 +64,8 @@ def check_types(cfg):
         value = getattr(cfg, field.name)
         number = isinstance(value, int) and field.type is float
         if not isinstance(value, field.type) and not number:
-            raise UserError(f"--{field.name} is {value!r}; it must be a {field.type.__name__}")
+            raise UserError(f"--{field.name} is {value!r}; it must be of type "
+                            f"{field.type.__name__}")
 
 
 def check_flags(cfg):
@@ -179,9 +180,9 @@ def start_log(cfg, model, meta, start):
     cpu = f"cpu, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if model.weight.is_cuda else cpu
     path = Path(cfg.out) / "log.jsonl"
-    if path.exists() and not path.read_text(encoding="utf-8").endswith("\n"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n")                   # half a line: the disk was full
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write("\n")                   # after half a line: the disk was full
     append_row(cfg.out, config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config),
                parameters=model.count_parameters(), start=start, commit=git_commit(),
                torch=torch.__version__, device=device, data_sha256=meta["sha256"])

@@ -542,7 +542,7 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     decoder.prefill(prompts, max_new_tokens)
     rounds = decoder.remaining()                          # waits until the prefill is done
     start = time.perf_counter()
-    while rounds:
+    while rounds > 0:                                     # negative: a prompt too long for it
         if watch:
             watch(decoder)
             rounds = 1

@@ -188,8 +188,8 @@ def main():
     plan = state["extension"]
     m, n = plan["from_heads"], model.config.n_mtp
     if rank == 0:
-        print(f"{m} -> {n} heads, new ones copied from heads {plan['copied_from'][m:]} (0: random);"
-              f" writing to {cfg.out}")
+        source = f"copied from heads {plan['copied_from'][m:]}" if m else "random"
+        print(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
 
     # evaluate the copy, train the new heads
     if rank == 0 and "before" not in plan:

@@ -316,15 +316,19 @@ def make_optimizer(model, cfg, state=None):
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     if state:
-        check_moments(groups, state["state"])
+        check_moments(model, groups, state["state"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["state"]})
     return optimizer
 
 
-def check_moments(groups, moments):
-    """raises a UserError unless they have the shapes of the parameters: fused AdamW doesn't look"""
-    params = [p for group in groups for p in group["params"]]
-    shapes = {i: [torch.Size(), p.shape, p.shape] for i, p in enumerate(params)}
+def check_moments(model, groups, moments):
+    """raises a UserError unless they have the shapes of the parameters: fused AdamW doesn't look.
+    A head that had no loss yet has none"""
+    heads = {id(p) for p in model.heads.parameters()}
+    shapes = {}
+    for i, p in enumerate(p for group in groups for p in group["params"]):
+        if i in moments or id(p) not in heads:
+            shapes[i] = [torch.Size(), p.shape, p.shape]
     found = {}
     for i, own in moments.items():
         own = own if isinstance(own, dict) else {}
@@ -405,8 +409,8 @@ def try_step(model, cfg, train_ids, dtype):
     size = cfg.micro_batch or share
     while True:
         tokens = get_batch(train_ids, [0] * size, cfg.block_size, model.weight.device)
-        # AdamW will need twice the size of the weights, too
-        room = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        # a step also holds AdamW's two moments, and the gradients of the micro-batch before
+        room = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
         try:
             return size, *compile_model(model, cfg, tokens, dtype)
         except torch.OutOfMemoryError:

@@ -232,7 +232,7 @@ MUTATIONS = [
      '    save_checkpoint(out / "ckpt.pt", model, **state)\n',
      ["test_train.py::test_an_evaluation_that_fails_loses_no_steps"]),
     ("moments of other shapes reach fused AdamW, which reads past the end of a tensor", "train.py",
-     'check_moments(groups, state["state"])', "pass",
+     'check_moments(model, groups, state["state"])', "pass",
      ["test_train.py::test_a_checkpoint_with_wrong_entries_is_not_resumed"]),
     ("a --micro_batch that was asked for is halved without a word", "train.py",
      "if cfg.micro_batch or size == 1:", "if size == 1:",

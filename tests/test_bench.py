@@ -59,6 +59,28 @@ def call(monkeypatch, capsys, *argv):
     return capsys.readouterr().out
 
 
+def test_acceptance_is_that_of_the_model_and_not_of_what_does_its_steps(toy, monkeypatch, capsys):
+    """on the fast path a decoder's model is a wrapper, which has the steps alone"""
+    class Steps:
+        def __init__(self, model):
+            self.model = model
+
+        def __getattr__(self, name):
+            assert name != "all_logits"
+            return getattr(self.model, name)
+
+    def make_decoder(*args, **options):
+        decoder = original(*args, **options)
+        decoder.model = Steps(decoder.model)
+        return decoder
+    original = decode.make_decoder
+    expected = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", *as_flags(FLAGS), "--json")
+    monkeypatch.setattr(decode, "make_decoder", make_decoder)
+    found = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", *as_flags(FLAGS), "--json")
+    for ours, theirs in zip(*(json.loads(x.splitlines()[-1]) for x in (expected, found))):
+        assert (ours["ar"], ours["car"]) == (theirs["ar"], theirs["car"])
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """time is counted in embeddings looked up: the main model takes half a second, a head, too"""

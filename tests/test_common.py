@@ -233,6 +233,9 @@ def test_half_a_line_of_a_log_is_ended(tmp_path):
     common.start_log(cfg, model, {"sha256": "0"}, 5)
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ['{"step": 1}', '{"st'] and json.loads(lines[2])["start"] == 5
+    (tmp_path / "log.jsonl").write_bytes(b'{"s\xff')      # bytes that are no text
+    common.start_log(cfg, model, {"sha256": "0"}, 6)
+    assert (tmp_path / "log.jsonl").read_bytes().startswith(b'{"s\xff\n{"config"')
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):

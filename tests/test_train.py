@@ -602,7 +602,7 @@ def test_two_processes_equal_one(two_processes, data, tmp_path):
     (lambda meta: meta.update(train_config=[1]), "no train_config"),
     (lambda meta: meta.update(step="3"), "no step"),
     (lambda meta: meta.pop("best_loss"), "no best_loss"),
-    (lambda meta: meta["train_config"].update(lr="high"), "--lr is 'high'; it must be a float"),
+    (lambda meta: meta["train_config"].update(lr="high"), "--lr is 'high'; it must be of type float"),
     (lambda meta: meta["train_config"].update(eval_every=2.5), "--eval_every is 2.5.* int"),
 ])
 def test_a_checkpoint_with_wrong_entries_is_not_resumed(data, tmp_path, damage, message):
@@ -615,6 +615,18 @@ def test_a_checkpoint_with_wrong_entries_is_not_resumed(data, tmp_path, damage, 
     with pytest.raises(common.UserError, match=message):
         model, state, cfg = train.resume(tmp_path / "ckpt.pt", {"steps": 4})
         train.make_optimizer(model, cfg, state["optimizer"])
+
+
+def test_heads_without_a_loss_so_far_do_not_prevent_resuming(data, tmp_path):
+    """before the KL starts, heads with alpha = 0 have had no gradient, and so have no moments"""
+    def some(out, steps):
+        return config(data, tmp_path / out, steps=steps, schedule_steps=4, alpha="0", beta="0.5",
+                      kl_start=0.5, kl_ramp=0.0, eval_every=2)
+    whole = fit(some("whole", 4))
+    fit(some("half", 2))
+    model, state, cfg = train.resume(tmp_path / "half/ckpt.pt", {"steps": 4})
+    train.train(model, cfg, *train.open_data(cfg), state)
+    assert same(model, whole)
 
 
 def test_device_cpu_takes_the_preset_for_a_cpu(monkeypatch):
