@@ -45,12 +45,12 @@ from model import GPT, GPTConfig
 # what differs from the defaults below; those are nanoGPT's shakespeare_char
 PRESETS = {
     "tiny": dict(
-        tokenizer="bpe:1024", n_layer=16, n_head=3, n_embd=96, embed_std=0.05, block_size=128,
+        tokenizer="bpe:1024", n_layer=20, n_head=5, n_embd=80, embed_std=0.05, block_size=128,
         batch_size=8, steps=700, lr=3e-3, warmup=40, eval_every=350, eval_windows=128,
     ),
     "small": dict(
         data="python", tokenizer="bpe:4096", n_layer=32, n_head=4, n_embd=256, dropout=0.1,
-        steps=1200, lr=2e-3, eval_every=600,
+        steps=1000, lr=2e-3, eval_every=500,
     ),
     "shakespeare": dict(
         data="shakespeare", dropout=0.2, batch_size=64, steps=2000, eval_windows=10000,

@@ -13,9 +13,8 @@ What is allowed: the range of the recorded runs, widened at both ends by SPREAD 
 deviations. If a measure is normally distributed over seeds, a new seed has it outside that in 0.3 %
 of all cases with 9 recorded runs (1.1 % with 6; simulated). Other processors and libraries round
 differently, and training amplifies the last bit until the same seed differs about as much as
-another one does. So --record adds one more run: the first seed again, in one thread and without the
-processor's vector instructions (OTHER_CPU). tiny/check-quick.json has it; tiny/check.json, whose
-runs take minutes, holds six seeds alone. What was run is in each file.
+another one does. So --quick --record adds one more run: the first seed again, in one thread and
+without the processor's vector instructions (OTHER_CPU), which takes several times as long.
 """
 
 import json
@@ -188,11 +187,17 @@ def parse_seeds(name, text, at_least):
 
 
 def make_record(more, quick, seeds, work):
-    """train with every seed, and with the first one more as on another CPU; write the record"""
+    """train with every seed (quick: with the first one once more, as on another CPU); write the
+    record"""
     flags = [*TINY, *(QUICK if quick else []), *more]
     values = {}
     seconds = []
-    for seed, environment in [*((seed, {}) for seed in seeds), (seeds[0], OTHER_CPU)]:
+    runs = [(seed, {}) for seed in seeds]
+    last = "the values are those of the seeds"
+    if quick:
+        runs.append((seeds[0], OTHER_CPU))
+        last = f"the last of the values: seed {seeds[0]} with {OTHER_CPU}"
+    for seed, environment in runs:
         begin = time.time()
         result, header = train(seed, flags, work, environment)
         seconds.append(time.time() - begin)
@@ -201,9 +206,9 @@ def make_record(more, quick, seeds, work):
             values.setdefault(name, []).append(round(value, 6))
     record = dict(
         command=f"python train.py {' '.join(flags)} --seed SEED", flags=flags, seeds=seeds,
-        last=f"the last of the values: seed {seeds[0]} with {OTHER_CPU}", **versions(header),
+        last=last, **versions(header),
         data_sha256=header["data_sha256"],
-        seconds=round(statistics.mean(seconds[:-1]), 1), values=values,
+        seconds=round(statistics.mean(seconds[: len(seeds)]), 1), values=values,
     )
     write_record(record_path(quick), record)
     print_left_out(record)
@@ -226,9 +231,10 @@ def write_record(path, record):
 
 def print_left_out(record):
     """would each run be inside the record of the others? Each should"""
-    for i, seed in enumerate([*record["seeds"], record["seeds"][0]]):
+    seeds = [*record["seeds"], record["seeds"][0]]
+    for i, _ in enumerate(record["values"]["loss main"]):
         others = {name: values[:i] + values[i + 1 :] for name, values in record["values"].items()}
         found = {name: values[i] for name, values in record["values"].items()}
         rows = compare({**record, "values": others}, found)
         names = [row["name"] for row in rows if row["outside"]]
-        print(f"seed {seed} against the others: {len(names)} of {len(rows)} outside {names}")
+        print(f"seed {seeds[i]} against the others: {len(names)} of {len(rows)} outside {names}")

@@ -8,7 +8,8 @@ its figures.
     python results/reproduce.py --scale gpu --part tables   tables.md and the figures again
     python results/reproduce.py --check [--quick]           does tiny learn what check.py recorded?
 
-Parts   effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
+Parts   presets   `python train.py` as README has it (tiny, or small on a GPU), then decoding
+        effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
         entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
         plain     a GPT without heads, beside K = 4: as many steps, and as long by the clock (tiny
                   scale; needs the computer to itself)
@@ -217,6 +218,19 @@ def train_job(args, scale, work, name, part, data, seed, more, **labels):
     return name, part, command, dict(seed=seed, data=Path(data).name, **labels)
 
 
+def presets(args, runner, sources):
+    """what a reader gets from README's commands: the preset alone, and decoding with its heads"""
+    preset, count, tokens = ("small", "128", "64") if args.scale == "gpu" else ("tiny", "64", "60")
+    for seed in args.seeds:
+        out = str(runner.work / f"{preset}-{seed}")
+        labels = dict(seed=seed, K=4)
+        runner.run(f"preset {preset} seed{seed}", "presets", [
+            "train.py", "--preset", preset, "--seed", str(seed), "--out", out, "--json"], **labels)
+        runner.run(f"speed {preset} seed{seed}", "presets", [
+            "results/bench.py", "decode", f"{out}/ckpt.pt", "--heads", "4", "--count", count,
+            "--tokens", tokens, "--json"], **labels)
+
+
 def effect_jobs(args, runner, sources):
     jobs = []
     for text, (data, extra) in sources.items():
@@ -410,8 +424,9 @@ def nanogpt(args, runner, sources):
 
 
 PARTS = {
-    "effect": effect, "entropy": entropy, "plain": plain, "ablation": ablation, "extend": extend,
-    "deep": deep, "nanogpt": nanogpt, "speed": speed, "cost": cost, "cards": cards,
+    "presets": presets, "effect": effect, "entropy": entropy, "plain": plain,
+    "ablation": ablation, "extend": extend, "deep": deep, "nanogpt": nanogpt, "speed": speed,
+    "cost": cost, "cards": cards,
 }
 
 
