@@ -221,14 +221,17 @@ def train_job(args, scale, work, name, part, data, seed, more, **labels):
 def presets(args, runner, sources):
     """what a reader gets from README's commands: the preset alone, and decoding with its heads"""
     preset, count, tokens = ("small", "128", "64") if args.scale == "gpu" else ("tiny", "64", "60")
+    training, decoding = [], []
     for seed in args.seeds:
         out = str(runner.work / f"{preset}-{seed}")
         labels = dict(seed=seed, K=4)
-        runner.run(f"preset {preset} seed{seed}", "presets", [
-            "train.py", "--preset", preset, "--seed", str(seed), "--out", out, "--json"], **labels)
-        runner.run(f"speed {preset} seed{seed}", "presets", [
+        training.append((f"preset {preset} seed{seed}", "presets", [
+            "train.py", "--preset", preset, "--seed", str(seed), "--out", out, "--json"], labels))
+        decoding.append((f"speed {preset} seed{seed}", "presets", [
             "results/bench.py", "decode", f"{out}/ckpt.pt", "--heads", "4", "--count", count,
-            "--tokens", tokens, "--json"], **labels)
+            "--tokens", tokens, "--json"], labels))
+    runner.all(training, each=args.parallel or 1)
+    runner.all(decoding, each=1)
 
 
 def effect_jobs(args, runner, sources):
