@@ -89,6 +89,18 @@ def check_flags(cfg):
 # device and processes
 
 
+@dataclasses.dataclass
+class DeviceFlags:
+    """flags of every script that computes"""
+
+    device: str = flag("auto", "cpu | cuda | mps (untested); auto: cuda if there is one, else cpu")
+    dtype: str = flag("auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it "
+                      "(autocast in training)",
+                      choices=("auto", "float32", "bfloat16", "float64"))
+    fast: str = flag("auto", "Triton kernels of fast/, on a CUDA GPU: auto | on | off",
+                     choices=("auto", "on", "off"))
+
+
 def processes():
     """-> (rank of this process, number of processes), as torchrun sets them; (0, 1) without it"""
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
@@ -216,8 +228,11 @@ def keep_old(folder):
 
 
 def load_checkpoint(path, device="cpu"):
-    """-> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..)"""
+    """a checkpoint's file, or the folder of its ckpt.pt
+    -> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..)"""
     path = Path(path)
+    if path.is_dir():
+        path = path / "ckpt.pt"
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train.py and extend.py write OUT/ckpt.pt, and "
                         "keep an earlier run's as OUT/ckpt.old.pt")

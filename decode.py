@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    UserError, check_entries, check_flags, flag, load_checkpoint, parse, pick_device, pick_dtype,
-    run,
+    DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, parse, pick_device,
+    pick_dtype, run,
 )
 from data.errors import printable
 from data.prepare import Tokenizer
@@ -457,6 +457,18 @@ class Decoder:
 # requests
 
 
+def token_lists(prompts):
+    """one prompt or several, lists or tensors of ids -> list of lists of ids"""
+    prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]
+    if all(isinstance(p, int) for p in prompts):
+        return [prompts]
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not all(isinstance(t, int) for t in prompt):
+            raise UserError("prompts are lists of token ids, not text: encode it first, with "
+                            "Tokenizer(meta['tokenizer']).encode(text)")
+    return prompts
+
+
 def context_length(model, prompts, max_new_tokens):
     """-> how many tokens the longest prompt and its continuation take. Raises a UserError for
     prompts that can't be continued"""
@@ -513,7 +525,7 @@ def generate(
     continue each prompt by up to max_new_tokens tokens, or to the end of the context (block_size),
     or to stop_token (which is emitted too)
 
-    prompts      list of lists of token ids; each is continued independently of the others
+    prompts      one or several lists of token ids; each is continued independently of the others
     heads        MTP heads that draft: None all, 0 ordinary decoding
     temperature  0 is greedy;  top_k  sample among the k most likely tokens
     accept       "residual" | "match" | "point": all exact
@@ -523,6 +535,7 @@ def generate(
     fast         "auto" | "on" | "off": fast/decode.py, on a CUDA GPU
     -> (list of lists of new ids, Stats). Raises UserError on a bad request. Never prints.
     """
+    prompts = token_lists(prompts)
     length = context_length(model, prompts, max_new_tokens)
     training = model.training
     model.eval()
@@ -648,7 +661,7 @@ def svg(rounds):
 
 
 @dataclass
-class DecodeConfig:
+class DecodeConfig(DeviceFlags):
     prompt: str = flag("Once upon a time", "text to continue")
     chat: str = flag("", "instead of --prompt: a message, in the model's own chat template")
     stop: bool = flag(True, "stop at the token that ends a text or an answer")
@@ -658,14 +671,6 @@ class DecodeConfig:
     heads: int = flag(-1, "MTP heads that draft; 0: ordinary decoding; -1: all", min=-1)
     accept: str = flag("residual", "accept rule: residual | match | point", choices=tuple(RULES))
     seed: int = flag(1, "seed of the random numbers")
-    device: str = flag("auto", "cpu | cuda | mps")
-    dtype: str = flag(
-        "auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it",
-        choices=("auto", "float32", "bfloat16", "float64"),
-    )
-    fast: str = flag(
-        "auto", "fast path on a CUDA GPU: auto | on | off", choices=("auto", "on", "off")
-    )
     draft_vocab: int = flag(
         0, "draft only among the first so many ids (for BPE, the most frequent); 0: all", min=0
     )

@@ -109,15 +109,6 @@ def mtp_d_loss(logits, targets, alpha, beta, top_n, kl="forward", detach_teacher
     return loss, ce.detach(), kl_per_head.detach()
 
 
-def topn_kl(student, teacher, n, direction="forward", detach_teacher=True):
-    """the mean over rows of topn_divergence, a scalar: student and teacher (.., V) logits. For your
-    own experiments; training uses mtp_loss
-
-    n is a count, or a fraction of the vocabulary below 1"""
-    n = count_top_n(n, teacher.size(-1))
-    return topn_divergence(student, teacher, n, direction, detach_teacher).mean()
-
-
 def count_top_n(n, vocab_size):
     """N as a count (n >= 1) or as a fraction of the vocabulary (n < 1) -> count, at most V. Note
     that 1.0 is a count: one logit, whose KL is always 0. For all of them, give V or more"""

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +32,9 @@ from tqdm import tqdm
 import decode
 import distill
 from common import (
-    UserError, append_row, autocast, check_entries, check_flags, check_types, flag, keep_old,
-    load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run, save_checkpoint,
-    start_log,
+    DeviceFlags, UserError, append_row, autocast, check_entries, check_flags, check_types, flag,
+    keep_old, load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run,
+    save_checkpoint, start_log,
 )
 from data.errors import printable
 from data.prepare import Tokenizer, find_dataset, load_dataset
@@ -64,7 +65,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(DeviceFlags):
     preset: str = flag("", "tiny | small | shakespeare | gpt2; empty: small with CUDA, else tiny",
                        choices=("", *PRESETS))
     data: str = flag("stories", "a dataset folder, or a source or path for data/prepare.py")
@@ -103,16 +104,11 @@ class TrainConfig:
                            max=1)
     kl_ramp: float = flag(0.1, "fraction of training over which beta then rises to its full value",
                           max=1)
-    # evaluation and device
+    # evaluation, speed
     eval_every: int = flag(250, "steps between evaluations; a checkpoint is written at each", min=1)
     keep_best: bool = flag(False, "write OUT/best.pt too, at each lowest validation loss so far")
     eval_windows: int = flag(64, "validation windows, always the first ones", min=1)
     log_every: int = flag(10, "steps between rows of log.jsonl", min=1)
-    device: str = flag("auto", "cpu | cuda | mps (untested); auto: cuda if there is one, else cpu")
-    dtype: str = flag("auto", "float32 | bfloat16 | float64; auto: bfloat16 autocast where the GPU "
-                      "has it", choices=("auto", "float32", "bfloat16", "float64"))
-    fast: str = flag("auto", "fused loss (fast/loss.py), on CUDA: auto | on | off",
-                     choices=("auto", "on", "off"))
     compile: str = flag("auto", "torch.compile: off | blocks (compiles faster) | model (runs "
                         "faster); auto: on CUDA, model up to 12 layers, else blocks",
                         choices=("auto", "off", "blocks", "model"))
@@ -264,10 +260,8 @@ def evaluate(model, val_ids, cfg, device, dtype):
         tokens = get_batch(val_ids, [start], T, device)        # (1, T+1)
         with autocast(device, dtype):
             all_logits = model.all_logits(tokens[:, :-1])      # entry k (1, T-k, V)
-        # row i of head k predicts target i+k
-        rows = [logits[0, K - k : T - k] for k, logits in enumerate(all_logits)]
-        logits = torch.stack(rows)                             # (K+1, T-K, V)
-        targets = tokens[0, K + 1 :]                           # (T-K,)
+        # (K+1, T-K, V) and (T-K,)
+        logits, targets = distill.aligned(all_logits, tokens[:, 1:], range(K + 1))
         _, ce, kl_per_head = distill.mtp_d_loss(logits, targets, 1.0, 1.0, top_n, cfg.kl)
         correct = logits.argmax(-1) == targets                 # (K+1, T-K)
         loss += ce / n
@@ -421,12 +415,12 @@ def try_step(model, cfg, train_ids, dtype):
 
 
 def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
-    """one optimizer step on micro-batches (B, T+1)
-    -> the mean loss, and CE and KL of each head, (2K+2,)"""
+    """one optimizer step on micro-batches (B, T+1) -> {name of a metric: its mean, a tensor}. They
+    go into log.jsonl; the loss must be among them, and ce, whose first entry the bar shows"""
     for group in optimizer.param_groups:
         group["lr"] = lr_at(cfg, step)
     alpha, beta = head_weights(cfg)
-    total = 0
+    means = defaultdict(float)
     for i, tokens in enumerate(parts):
         # for DDP: processes average their gradients once, at the last micro-batch
         net.require_backward_grad_sync = i == len(parts) - 1
@@ -439,12 +433,14 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
                 chunk_logits=2**28 if model.weight.is_cuda else 2**21,     # a CPU has small caches
             )
         (loss / len(parts)).backward()
-        total = total + torch.cat((loss.detach()[None], ce, kl)) / len(parts)
+        metrics = dict(loss=loss.detach(), ce=ce, kl=kl)
+        for name, value in metrics.items():
+            means[name] += value / len(parts)
     if cfg.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total
+    return means
 
 
 # -----------------------------------------------------------------------------
@@ -496,18 +492,31 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
         if not evaluating and done % cfg.log_every:
             continue
 
-        # a row of the log, the mean over all processes. Only here the host waits for the device
-        row = torch.stack(pending).mean(0) / world
-        if world > 1:
-            torch.distributed.all_reduce(row)
+        # a row of the log. Only here the host waits for the device
+        row = mean_metrics(pending, world)
         if rank == 0:
-            write_row(bar, cfg, done, row.tolist(), (time.perf_counter() - clock) / len(pending))
+            check_finite(cfg, "loss", row["loss"], done)
+            ms = 1000 * (time.perf_counter() - clock) / len(pending)
+            append_row(cfg.out, step=done, **row, lr=lr_at(cfg, step), ms=ms)
+            bar.set_postfix(loss=f"{row['ce'][0]:.3f}")
             if evaluating:     # meanwhile the other processes wait in their next step
                 state.update(step=done, optimizer=optimizer.state_dict())
                 result = evaluate_and_save(model, cfg, val_ids, dtype, state)
         pending = []
         clock = time.perf_counter()
     return result
+
+
+def mean_metrics(steps, world):
+    """what train_step returned for some steps -> {name: number or list}, means over these steps and
+    all processes"""
+    means = {}
+    for name in steps[0]:
+        value = torch.stack([step[name] for step in steps]).mean(0) / world
+        if world > 1:
+            torch.distributed.all_reduce(value)
+        means[name] = value.tolist()
+    return means
 
 
 def check_finite(cfg, name, value, step):
@@ -517,15 +526,6 @@ def check_finite(cfg, name, value, step):
                         f"{lr_at(cfg, step):.2e}); the last good checkpoint, if any, is {cfg.out}"
                         "/ckpt.pt. Try a lower --lr, a longer --warmup, --clip 1, or --dtype "
                         "float32")
-
-
-def write_row(bar, cfg, done, row, seconds):
-    """row (2K+2,): means over the last steps of the loss, CE of all K+1 heads, KL of K"""
-    K = cfg.n_mtp
-    check_finite(cfg, "loss", row[0], done)
-    append_row(cfg.out, step=done, loss=row[0], ce=row[1 : K + 2], kl=row[K + 2 :],
-               lr=lr_at(cfg, done - 1), ms=1000 * seconds)
-    bar.set_postfix(loss=f"{row[1]:.3f}")
 
 
 def evaluate_and_save(model, cfg, val_ids, dtype, state):

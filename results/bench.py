@@ -33,7 +33,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode  # noqa: E402
 import train  # noqa: E402
-from common import UserError, check_flags, flag, parse, pick_device, pick_dtype, run  # noqa: E402
+from common import (  # noqa: E402
+    DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
+)
 from data.errors import printable  # noqa: E402
 from data.reader import read_prompts  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -99,7 +101,7 @@ def repeated(function, times):
 
 
 @dataclass
-class CheckConfig:
+class CheckConfig(DeviceFlags):
     prompts: str = flag(
         "", "file of prompts, one per line, or a .jsonl with the field text, prompt or question; "
         "empty: pieces of the validation text",
@@ -111,14 +113,6 @@ class CheckConfig:
     heads: int = flag(
         -1, "MTP heads that draft; -1: all (check), or each of 1 .. 4, of 4, 8, 16, 32 where there "
         "are more (decode)", min=-1,
-    )
-    device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps")
-    dtype: str = flag(
-        "auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it",
-        choices=("auto", "float32", "bfloat16", "float64"),
-    )
-    fast: str = flag(
-        "auto", "fast path on a CUDA GPU: auto | on | off", choices=("auto", "on", "off")
     )
     draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
 

@@ -99,6 +99,10 @@ CHANGES = {
         ("train.py", replace, "tokens_per_forward=1 + sum(car))",
          "tokens_per_forward=1 + sum(car), mean_ar=sum(ar) / max(1, K))"),
     ],
+    "a metric of each step": [
+        ("train.py", replace, "metrics = dict(loss=loss.detach(), ce=ce, kl=kl)",
+         "metrics = dict(loss=loss.detach(), ce=ce, kl=kl, worst=ce.amax())"),
+    ],
     "the data": [("data/prepare.py", at_the_beginning, "data/prepare.py::read_source", """
         if str(source).endswith(".csv"):
             import csv
@@ -201,6 +205,10 @@ def test_a_change_trains_three_steps_and_decodes(tmp_path, name):
     assert ("mean_ar" in result) == (name == "a metric of the evaluation")
     if name == "a metric of the evaluation":
         assert '"mean_ar": ' in (tmp_path / "out/toy/log.jsonl").read_text(encoding="utf-8")
+    if name == "a metric of each step":
+        rows = lab.read(tmp_path / "out/toy/log.jsonl").splitlines()
+        row = next(row for row in map(json.loads, rows) if "ms" in row)
+        assert row["worst"] >= max(row["ce"]) > 0
     # greedy text is that of ordinary decoding, token by token
     out = python(
         tmp_path, "results/bench.py", "check", "out/toy/ckpt.pt", "--tokens", "12",

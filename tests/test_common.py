@@ -121,6 +121,11 @@ def test_no_flipped_byte_changes_a_weight_unnoticed(saved):
     assert noticed > 50
 
 
+def test_a_folder_stands_for_its_checkpoint(saved):
+    os.replace(saved, saved.with_name("ckpt.pt"))
+    assert common.load_checkpoint(saved.parent)[0].config.n_embd > 0
+
+
 def test_a_wrong_checksum_is_told(saved):
     with zipfile.ZipFile(saved) as file:
         largest = max(file.infolist(), key=lambda entry: entry.file_size)

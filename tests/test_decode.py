@@ -6,6 +6,7 @@ import random
 from collections import Counter, defaultdict
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,6 +214,15 @@ def test_cached_drafts_texts_and_counts_equal_those_by_hand(K, monkeypatch):
         lengths += torch.tensor(stats.accepted)
         near_start += sum(n < K for n in starts)
     assert lengths.min() > 0 and (near_start or K == 1), (lengths, near_start)
+
+
+@pytest.mark.parametrize("prompts", [
+    [1, 2, 0], [[1, 2, 0]], torch.tensor([1, 2, 0]), torch.tensor([[1, 2, 0]]),
+    [torch.tensor([1, 2, 0])], np.array([1, 2, 0]), [np.array([1, 2, 0])],
+], ids=str)
+def test_a_prompt_may_be_a_list_or_a_tensor(prompts):
+    model = make_model()
+    assert generate(model, prompts, 5)[0] == generate(model, [[1, 2, 0]], 5)[0]
 
 
 def test_prompts_longer_than_a_piece_of_the_prefill(monkeypatch):
@@ -811,6 +821,9 @@ def test_acceptance_of_a_handmade_example():
 
 
 @pytest.mark.parametrize("prompts, changes, found", [
+    ("Once upon a time", {}, "not text: encode it first"),
+    (["a text", "another"], {}, "not text: encode it first"),
+    ([1.5, 2.5], {}, "not text: encode it first"), ([[1], 2], {}, "not text: encode it first"),
     ([], {}, "prompt is empty"), ([[1], []], {}, "prompt is empty; give at least one token"),
     ([[0] * 12], {}, "12 tokens; the context takes 12.*shorter"),
     ([[1], [0] * 13], {}, "13 tokens"),

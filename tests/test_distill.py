@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import distill
-from distill import chunk_size, count_top_n, mtp_d_loss, mtp_loss, topn_kl
+from distill import chunk_size, count_top_n, mtp_d_loss, mtp_loss, topn_divergence
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -33,6 +33,12 @@ def rand(*shape, seed=0, scale=2.0):
 
 def close(got, want, atol, what=""):
     torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda text: f"{what}: {text}")
+
+
+def topn_kl(student, teacher, n, direction="forward", detach_teacher=True):
+    """the mean of topn_divergence; n is a count or a fraction"""
+    n = count_top_n(n, teacher.size(-1))
+    return topn_divergence(student, teacher, n, direction, detach_teacher).mean()
 
 
 # ---- the reference: every logit alive, one head after the other, gradients by autograd

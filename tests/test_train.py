@@ -707,7 +707,7 @@ def test_defaults_then_preset_then_flags(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = train.make_config({"n_layer": 2, "lr": 0.5})
     assert (cfg.preset, cfg.out, cfg.n_layer, cfg.lr) == ("tiny", "out/tiny", 2, 0.5)
-    assert (cfg.n_embd, cfg.weight_decay) == (96, 0.1)
+    assert (cfg.n_embd, cfg.weight_decay) == (80, 0.1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert train.make_config({}).preset == "small"
     assert train.make_config({"preset": "gpt2"}).beta2 == 0.95
