@@ -1,0 +1,46 @@
+"""results/prompts.py: prompts of several kinds, from files that are checked."""
+import gzip
+import hashlib
+import json
+
+import pytest
+
+from common import UserError
+from results import prompts
+
+QUESTIONS = [dict(category=name, turns=[f"{name} {i}", "then"]) for name in
+             ("writing", "qa", "rag", "translation", "summarization", "math_reasoning", "stem")
+             for i in range(4)]
+PROBLEMS = [dict(prompt=f"def f{i}():\n") for i in range(9)]
+TEXT = "\n\n".join(f"Paragraph {i}. " + "word " * 200 for i in range(30))
+
+
+def test_each_kind_has_its_share_of_the_rows():
+    rows = prompts.collect(QUESTIONS, PROBLEMS, TEXT, 3)
+    kinds = [row["kind"] for row in rows]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
+        ["chat", "question", "mathematics", "translation", "summary", "code", "story"], 3)
+    texts = {row["kind"]: row["text"] for row in rows}
+    # evenly over the set: two kinds of chat; a piece begins a paragraph
+    assert [row["text"] for row in rows[:3]] == ["writing 0", "writing 2", "stem 1"]
+    assert texts["code"].startswith("def f6") and texts["story"].startswith("Paragraph ")
+    assert len(texts["story"]) == prompts.STORY_CHARACTERS
+    assert {row["kind"] for row in rows if not row["chat"]} == {"code", "story"}
+
+
+def test_a_set_with_too_few_prompts_gives_all_it_has():
+    rows = prompts.collect(QUESTIONS, PROBLEMS, TEXT, 6)
+    assert len([row for row in rows if row["kind"] == "question"]) == 4
+    assert len([row for row in rows if row["kind"] == "chat"]) == 6
+
+
+def test_downloads_are_checked_and_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "DOWNLOADS", tmp_path)
+    data = gzip.compress(json.dumps(dict(prompt="x")).encode() + b"\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    url = "http://localhost:9/a.jsonl.gz"
+    monkeypatch.setitem(prompts.SHA256, url, hashlib.sha256(data).hexdigest())
+    assert prompts.json_rows(prompts.fetch(url)) == [dict(prompt="x")]
+    (tmp_path / "a.jsonl.gz").write_bytes(data + b"more")
+    with pytest.raises(UserError, match="a.jsonl.gz"):
+        prompts.fetch(url)
