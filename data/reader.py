@@ -130,7 +130,8 @@ def read_text(path):
 
 
 def parse_row(line, fields, place):
-    """The string of the first of these fields that the JSON object in a line has."""
+    """The string of the first of these fields that the JSON object in a line has, and the whole
+    object."""
     choices = " or ".join(f'"{name}"' for name in fields)
     expected = f"expected a JSON object with a string in {choices}"
     try:
@@ -147,11 +148,11 @@ def parse_row(line, fields, place):
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # "\ud800" is legal JSON, but no text
         raise UserError(f"{place}: {expected}; its text can't be UTF-8 ({error.reason})") from None
-    return text
+    return text, row
 
 
 def read_rows(path, fields):
-    """Yield the text of each row of a .jsonl file; blank lines are skipped."""
+    """Yield (text, row) of each row of a .jsonl file; blank lines are skipped."""
     for number, line in read_lines(path):
         if line.strip():
             yield parse_row(line, fields, f"{path}, line {number}")
@@ -161,15 +162,20 @@ def read_documents(path):
     """Yield the documents (str) of a text file, a .jsonl file or a folder of them."""
     for file in text_files(Path(path)):
         if suffix_of(file) in ROW_SUFFIXES:
-            yield from read_rows(file, ("text",))
+            yield from (text for text, _ in read_rows(file, ("text",)))
         else:
             yield from read_text(file)
 
 
 def read_prompts(path):
-    """The prompts of a file, a list of str: its lines, or of a .jsonl file the field "text",
-    "prompt" or "question" of each row. Blank ones are left out. Raises UserError for a file that
-    can't be read or holds none."""
+    """The prompts of a file, a list of str."""
+    return [text for text, _ in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path):
+    """The prompts of a file, a list of (text, row): its lines, with an empty row, or of a .jsonl
+    file the field "text", "prompt" or "question" of each row. Blank ones are left out. Raises
+    UserError for a file that can't be read or holds none."""
     path = Path(path)
     check_path(path)
     if path.is_dir():
@@ -177,8 +183,8 @@ def read_prompts(path):
     if suffix_of(path) in ROW_SUFFIXES:
         prompts = read_rows(path, PROMPT_FIELDS)
     else:
-        prompts = (line.rstrip("\r\n") for _, line in read_lines(path))
-    prompts = [prompt for prompt in prompts if prompt.strip()]
+        prompts = ((line.rstrip("\r\n"), {}) for _, line in read_lines(path))
+    prompts = [(text, row) for text, row in prompts if text.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompt: expected lines of text, or .jsonl rows with a "
                         "text, prompt or question field")

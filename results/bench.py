@@ -39,7 +39,7 @@ from common import (  # noqa: E402
     DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
 )
 from data.errors import printable  # noqa: E402
-from data.reader import read_prompts  # noqa: E402
+from data.reader import read_prompt_rows  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -160,12 +160,14 @@ def load(paths, cfg):
 
 
 def pick_prompts(checkpoint, cfg, context):
-    """-> prompts as lists of ids: of --prompts, or pieces of the validation text, spread evenly.
-    A context takes them and --tokens new tokens; of a short one, they leave at least half"""
+    """-> prompts as lists of ids: of --prompts, or pieces of the validation text, spread evenly;
+    and the kind of each, as --prompts says, else "". A context takes them and --tokens new tokens;
+    of a short one, they leave at least half"""
     room = max(context - cfg.tokens, context // 2)
     if cfg.prompts:
-        texts = read_prompts(cfg.prompts)[: cfg.count]
-        return [checkpoint.tokenizer.encode(text)[:room] for text in texts]
+        rows = read_prompt_rows(cfg.prompts)[: cfg.count]
+        prompts = [encode(checkpoint.tokenizer, text, row.get("chat"), room) for text, row in rows]
+        return prompts, [str(row.get("kind", "")) for _, row in rows]
     train_cfg = train.stored_config(checkpoint.meta)
     if cfg.data:
         train_cfg = dataclasses.replace(train_cfg, data=cfg.data, tokenizer="")
@@ -173,7 +175,19 @@ def pick_prompts(checkpoint, cfg, context):
     train.check_data(checkpoint.path, train_cfg, data_meta, checkpoint.meta, same_text=False)
     n = min(cfg.prompt_tokens, room, len(val_ids) // 2)
     starts = torch.linspace(0, len(val_ids) - n - 1, cfg.count).long().tolist()
-    return [val_ids[start : start + n].tolist() for start in starts]
+    return [val_ids[start : start + n].tolist() for start in starts], [""] * cfg.count
+
+
+def encode(tokenizer, text, chat, room):
+    """the first ids of a text, at most `room`; chat: the text as a message in the chat template,
+    shortened until all fits"""
+    if not chat:
+        return tokenizer.encode(text)[:room]
+    ids = tokenizer.encode_chat(text)
+    while len(ids) > room and text:
+        text = text[: len(text) - len(ids) + room]        # a token is a character or more
+        ids = tokenizer.encode_chat(text)
+    return ids[:room]
 
 
 def make_decoder(model, prompts, cfg, heads, batch=1, temperature=0.0, generator=None):
@@ -204,7 +218,7 @@ def check(checkpoint, cfg):
             "without heads there is nothing to compare ordinary decoding with; give --heads 1 or "
             "more, and a checkpoint that has heads"
         )
-    prompts = pick_prompts(checkpoint, cfg, model.config.block_size)
+    prompts, _ = pick_prompts(checkpoint, cfg, model.config.block_size)
     plain = make_decoder(model, prompts, cfg, 0)
     drafting = make_decoder(model, prompts, cfg, heads)
     print(f"{heads} heads on {model.weight.device}: {drafting.why}")
@@ -262,7 +276,7 @@ def bench_checkpoints(checkpoints, cfg):
     """bench_decoding at temperatures 0 and 1 for each checkpoint, on the same prompts; prints a
     table each -> all rows"""
     context = min(checkpoint.model.config.block_size for checkpoint in checkpoints)
-    prompts = pick_prompts(checkpoints[0], cfg, context)
+    prompts, kinds = pick_prompts(checkpoints[0], cfg, context)
     tokens = min(cfg.tokens, context - max(map(len, prompts)))
     if tokens < cfg.tokens:
         print(f"the shortest context, {context} tokens, leaves room for {tokens} new ones")
@@ -277,7 +291,7 @@ def bench_checkpoints(checkpoints, cfg):
             print(f"{name} has no MTP heads: decoding without drafts, one token per forward")
         for temperature in (0.0, 1.0):
             try:
-                rows = bench_decoding(model, prompts, cfg, temperature)
+                rows = bench_decoding(model, prompts, cfg, temperature, kinds)
             except KeyboardInterrupt:
                 raise Interrupted(result) from None
             for row in rows:
@@ -287,7 +301,8 @@ def bench_checkpoints(checkpoints, cfg):
                 row["over_one"] = None
                 if temperature in one_head:
                     row["over_one"] = row["tokens_per_s"] / one_head[temperature]
-            print_decoding(path, rows)
+            print_decoding(path, [row for row in rows if not row["kind"]])
+            print_kinds([row for row in rows if row["kind"]])
             result += [dict(checkpoint=str(path), **row) for row in rows]
             if rows[0]["prompts"] < len(prompts) // cfg.batch * cfg.batch:
                 raise Interrupted(result)
@@ -320,15 +335,16 @@ def head_counts(K, wanted):
 
 
 @torch.no_grad()
-def bench_decoding(model, prompts, cfg, temperature):
+def bench_decoding(model, prompts, cfg, temperature, kinds=()):
     """
     ordinary decoding and several numbers of heads on the same prompts, in turns for each prompt
-    -> rows (dicts). All but `looping` is without the prompts whose ordinary output is repetitive,
-    unless all are:
+    -> rows (dicts), first for all prompts, kind "", then for each kind of them. All but `looping`
+    is without the prompts whose ordinary output is repetitive, unless all are:
 
-    tokens_per_forward, tokens_per_s   medians over prompts
-    speedup   the median over prompts of the ratio to ordinary decoding
-    ar, car   teacher-forced, on the ordinary output (see count_accepted)
+    tokens_per_forward   of all prompts together
+    tokens_per_s, speedup   medians over prompts; the latter of the ratio to ordinary decoding
+    ar, car   of the last head, and ars of all, teacher-forced, on the ordinary output (see
+              count_accepted)
     predicted tokens per forward from car; speedup from it and from the times of one round
     gb_per_s  weights of the main model, read once per round
     drafted   how many forwards 0 .. K heads drafted for
@@ -348,16 +364,34 @@ def bench_decoding(model, prompts, cfg, temperature):
     options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
     texts, stats, kept = run_in_turns(model, decoders, groups, cfg.tokens, options)
     repetitive = [any(map(loops, texts_of_group)) for texts_of_group in texts]
-    used = [i for i in range(len(texts)) if not repetitive[i]] or list(range(len(texts)))
-    ar, car = [], []
-    if counts:
-        ar, car = rates(sum(kept[i] for i in used))
     weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
+    found = range(len(texts))
+    by_kind = {"": list(found)}
+    for kind in dict.fromkeys(kinds):
+        if kind and B == 1:
+            by_kind[kind] = [i for i in found if kinds[i] == kind]
+    rows = []
+    for kind, members in by_kind.items():
+        if not members:                                   # after Ctrl-C
+            continue
+        used = [i for i in members if not repetitive[i]] or members
+        own_stats = {heads: [stats[heads][i] for i in used] for heads in decoders}
+        shared = dict(kind=kind, prompts=len(members) * B, batch=B,
+                      looping=sum(repetitive[i] for i in members))
+        own_kept = sum(kept[i] for i in used)
+        rows += decoding_rows(decoders, own_stats, own_kept, times, weights, shared, temperature)
+    return rows
+
+
+def decoding_rows(decoders, stats, kept, times, weights, shared, temperature):
+    """rows of bench_decoding, one for each decoder: {heads: the Stats of the prompts}, the sum of
+    their count_accepted, {heads: (ms of a round, of its drafts)}, the main model's bytes, and
+    entries that all rows have"""
+    ar, car = rates(kept) if len(decoders) > 1 else ([], [])
     rows = []
     for heads in decoders:
-        plain_stats = [stats[0][i] for i in used]
-        row = dict(heads=heads, temperature=temperature, decoder=decoders[heads].why)
-        row.update(speeds([stats[heads][i] for i in used], plain_stats))
+        row = dict(heads=heads, temperature=temperature, decoder=decoders[heads].why, **shared)
+        row.update(speeds(stats[heads], stats[0]))
         row.update(dict.fromkeys(OF_A_ROUND))
         if heads != "auto":
             row.update(predictions(
@@ -365,8 +399,7 @@ def bench_decoding(model, prompts, cfg, temperature):
             ))
             row.update(gb_per_s=weights / row["ms_round"] / 1e6)
             if heads:
-                row.update(ar=ar[heads - 1], car=car[heads - 1])
-        row.update(prompts=len(texts) * B, looping=sum(repetitive), batch=B)
+                row.update(ar=ar[heads - 1], car=car[heads - 1], ars=ar[:heads])
         rows.append(row)
     return rows
 
@@ -404,7 +437,9 @@ def speeds(stats, plain_stats):
     for own, plain in zip(stats, plain_stats):
         ratios.append(own.tokens_per_second / (plain.tokens_per_second or 1))
     return dict(
-        tokens_per_forward=median([own.tokens_per_forward for own in stats]),
+        # all tokens over all forwards: a median of short continuations takes few values
+        tokens_per_forward=sum(own.tokens - own.sequences for own in stats)
+        / max(1, sum(own.forwards for own in stats)),
         tokens_per_s=median([own.tokens_per_second for own in stats]),
         speedup=median(ratios),
         drafted=[sum(counts) for counts in zip(*(own.drafted for own in stats))],
@@ -531,7 +566,7 @@ def draft_function(decoder):
 
 
 OF_A_ROUND = (
-    "ar", "car", "ms_round", "ms_draft", "ms_verify", "predicted_tokens_per_forward",
+    "ar", "car", "ars", "ms_round", "ms_draft", "ms_verify", "predicted_tokens_per_forward",
     "predicted_speedup", "model_speedup", "gb_per_s",
 )
 COLUMNS = [                                               # title, key, how it is printed
@@ -560,6 +595,19 @@ def print_decoding(name, rows):
         print(" ".join(cells), flush=True)
         if row["heads"] == "auto":
             print(f"auto: forwards for which 0 .. K heads drafted: {row['drafted']}", flush=True)
+
+
+def print_kinds(rows):
+    """a short table, a line for each kind of prompts and number of heads"""
+    if rows:
+        print(f"{'kind':>12} {'prompts':>7} {'excluded':>8} {'heads':>5} {'tok/fwd':>8} "
+              f"{'vs plain':>9}  AR of the heads")
+    for row in rows:
+        if row["heads"]:
+            ars = " ".join(f"{x:.3f}" for x in row["ars"] or [])
+            print(f"{printable(row['kind']):>12} {row['prompts']:7} {row['looping']:8} "
+                  f"{row['heads']:>5} {row['tokens_per_forward']:8.2f} {row['speedup']:9.2f}  "
+                  f"{ars}", flush=True)
 
 
 # -----------------------------------------------------------------------------

@@ -385,7 +385,8 @@ def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
     (checkpoint,) = bench.load([toy / "ckpt.pt"], bench.CheckConfig())
     for data in ("", "other"):
         cfg = bench.CheckConfig(count=3, prompt_tokens=7, tokens=20, data=data and str(toy / data))
-        prompts = bench.pick_prompts(checkpoint, cfg, 48)
+        prompts, kinds = bench.pick_prompts(checkpoint, cfg, 48)
+        assert kinds == [""] * 3
         text = (toy / f"{data or 'text'}.txt").read_text(encoding="utf-8")
         assert len(prompts) == 3
         for ids in prompts:
@@ -393,9 +394,52 @@ def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
     (toy / "many.txt").write_text("a\n\nb\nc\n", encoding="utf-8")
     for count in (2, 9):
         cfg = bench.CheckConfig(count=count, prompts=str(toy / "many.txt"))
-        assert bench.pick_prompts(checkpoint, cfg, 48) == [[97], [98], [99]][:count]
-    (toy / "q.jsonl").write_text('{"question": "the dog"}\n{"text": "on"}\n', encoding="utf-8")
-    assert bench.read_prompts(toy / "q.jsonl") == ["the dog", "on"]
+        assert bench.pick_prompts(checkpoint, cfg, 48)[0] == [[97], [98], [99]][:count]
+    (toy / "q.jsonl").write_text(
+        '{"question": "ab", "kind": "talk"}\n{"text": "c"}\n', encoding="utf-8")
+    cfg = bench.CheckConfig(prompts=str(toy / "q.jsonl"))
+    assert bench.pick_prompts(checkpoint, cfg, 48) == ([[97, 98], [99]], ["talk", ""])
+
+
+class InBrackets:
+    """stands in for a tokenizer with a chat template"""
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+    def encode_chat(self, text):
+        return self.encode(f"<{text}>")
+
+
+def test_a_message_is_shortened_within_its_template():
+    shown = ["".join(map(chr, bench.encode(InBrackets(), "a message", chat, 6)))
+             for chat in (True, False)]
+    assert shown == ["<a me>", "a mess"]
+
+
+def test_a_table_for_each_kind_of_prompts(toy, monkeypatch, capsys):
+    """all prompts first; then each kind is what it would be alone"""
+    texts = dict(animals=["the cat", "a dog"], other=["and that"])
+    both = [dict(kind=kind, text=text) for kind in texts for text in texts[kind]]
+    monkeypatch.setattr(bench, "loops", lambda ids: False)
+    monkeypatch.delitem(FLAGS, "prompt_tokens")         # of no use with --prompts
+
+    def table(name, rows):
+        (toy / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        flags = as_flags({**FLAGS, "count": 3, "heads": 2, "prompts": toy / name})
+        out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", "--json", *flags)
+        return out, [row for row in json.loads(out.splitlines()[-1]) if row["temperature"] == 0]
+
+    out, rows = table("both.jsonl", both)
+    assert [(row["kind"], row["heads"], row["prompts"]) for row in rows] == [
+        ("", 0, 3), ("", 2, 3), ("animals", 0, 2), ("animals", 2, 2), ("other", 0, 1),
+        ("other", 2, 1)]
+    assert out.count("animals") == out.count("other") == 2 + 4   # printed, and in the JSON
+    for kind in texts:
+        _, alone = table("one.jsonl", [dict(text=text) for text in texts[kind]])
+        for got, want in zip([row for row in rows if row["kind"] == kind], alone, strict=True):
+            for name in ("tokens_per_forward", "ar", "ars", "car", "drafted"):
+                assert got[name] == want[name]
 
 
 @pytest.mark.parametrize("argv,message", [
