@@ -244,7 +244,7 @@ class Stats:
 
     forwards: int
     accepted: list             # accepted[a]: forwards that accepted a drafts
-    drafted: list              # drafted[k]: forwards for which k heads drafted
+    drafted: list              # drafted[k]: forwards for which k heads drafted (heads="auto": several)
     tokens: int                # emitted, each sequence's first one included
     seconds: float             # without the prefill
     sequences: int
@@ -263,15 +263,17 @@ PREFILL = 256  # tokens of a prompt that are read at a time: attention is (PREFI
 class Decoder:
     """
     the state of B sequences and the functions that advance it. A round is of fixed shape and
-    without a host sync; prefill and remaining are not. fast.decode.FastDecoder is the same, with
-    the round as a replayed CUDA graph.
+    without a host sync; prefill, choose and remaining are not. fast.decode.FastDecoder is the same,
+    with the round as a replayed CUDA graph.
 
     model   does the steps: a GPT, or fast.decode's wrapper of one
+    heads   the largest number of heads that a round may run, K;  k  how many run now, see use
     buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
     n       (B,) position of the last known token
     limit   (B,) the largest n may become; a sequence with n = limit is finished, rounds leave it
-    drafts  (B, K) what the last round drafted, for --trace
-    accepted  (K+1,) histogram: how many forwards accepted 0 .. K drafts
+    right   (K+1, B) of heads 1 .. k, the rows before right[k] are in the cache, and right
+    drafts  (B, k) what the last round drafted, for --trace
+    accepted  (K+1, K+1) histogram: how many forwards with k heads accepted a drafts, at [k, a]
     why     which decoder this is, and why, in words (see make_decoder)
     """
 
@@ -279,31 +281,32 @@ class Decoder:
 
     def __init__(
         self, model, batch, length, heads=None, temperature=0.0, top_k=None, accept="residual",
-        stop_token=None, generator=None, draft_vocab=None,
+        stop_token=None, generator=None, draft_vocab=None, costs=None,
     ):
         """for `batch` prompts, whose continuations end before position `length`; see generate"""
-        heads = model.config.n_mtp if heads is None else heads
         self.model = model
-        self.heads = heads
+        self.heads = model.config.n_mtp if heads in (None, "auto") else heads
+        self.auto = None
+        if heads == "auto":
+            from fast.heads import HeadChoice
+
+            self.auto = HeadChoice(model, batch, draft_vocab, costs)
         self.temperature = temperature
         self.top_k = top_k
-        # with one-hot p and q the three rules are one; without heads there is nothing to reject
-        self.rule = "match" if temperature == 0 or heads == 0 else accept
+        self.accept_rule = accept
         self.stop_token = stop_token
         self.generator = generator
         self.draft_vocab = draft_vocab
         self.check_options(accept)
         slots = length + model.config.n_mtp + 1   # a finished sequence writes K+1 past the end
-        self.cache = Cache(model, batch, slots, heads)
-        self.noise = make_noise(self.rule, batch, heads, model.weight)
+        self.cache = Cache(model, batch, slots, self.heads)
         self.row = self.cache.row                 # (B, 1), integers, as all that follow
         self.buffer = self.row.new_zeros(batch, slots)
         # prefill sets these; until then they are valid positions, for a round may be recorded
         self.n = self.row.new_ones(batch)
         self.limit = torch.full_like(self.n, length - 1)
-        self.accepted = self.row.new_zeros(heads + 1)
-        self.verify_offsets = torch.arange(heads + 1, device=self.row.device)
-        self.draft_offsets = self.verify_offsets - heads
+        self.accepted = self.row.new_zeros(self.heads + 1, self.heads + 1)
+        self.right = self.row.new_zeros(self.heads + 1, batch)
 
     def check_options(self, accept):
         """raises a UserError for options that make no sense"""
@@ -325,23 +328,13 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts, max_new_tokens):
-        """read the prompts (lists of ids), emit each one's first token
-
-        All prompts end in the last column; in front of a shorter one, position 0 is repeated, with
-        the same result each time."""
+        """read the prompts (lists of ids), emit each one's first token"""
         model = self.model
         device = self.n.device
         self.n.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         for b, prompt in enumerate(prompts):
             self.buffer[b, : len(prompt)] = torch.tensor(prompt, device=device)
-        for start in range(-int(self.n.max()), 0, PREFILL):
-            offsets = torch.arange(start, min(0, start + PREFILL), device=device)
-            pos = (self.n[:, None] + offsets).clamp_min(0)                # (B, PREFILL) or fewer
-            positions = model.positions(self.cache, pos)
-            hidden = model.trunk_step(self.buffer[self.row, pos], self.cache, positions)
-            for k in range(1, self.heads + 1):
-                # a row whose token t_{i+k} isn't known yet is rebuilt by draft()
-                model.head_step(k, self.buffer[self.row, pos + k], self.cache, positions)
+        hidden = self.rebuild([0], int(self.n.max()))
         logits = model.logits(0, hidden[:, -1])                           # (B, V)
         probs = probabilities(logits, self.temperature, self.top_k)
         noise = torch.empty_like(probs).exponential_(generator=self.generator)
@@ -351,6 +344,44 @@ class Decoder:
         if self.stop_token is not None:
             self.limit.copy_(torch.where(token == self.stop_token, self.n, self.limit))
         self.accepted.zero_()
+        self.right.zero_()
+        self.k = -1                                       # not even 0: no head has read anything
+        self.use(self.heads)
+        self.choose()
+
+    def rebuild(self, parts, rows):
+        """run the trunk (0) or heads (k) over the last `rows` rows, PREFILL at a time. In front of a
+        shorter text, position 0 is repeated, with the same result each time"""
+        for offsets in torch.arange(-rows, 0, device=self.n.device).split(PREFILL):
+            pos = (self.n[:, None] + offsets).clamp_min(0)                # (B, PREFILL) or fewer
+            positions = self.model.positions(self.cache, pos)
+            for k in parts:
+                tokens = self.buffer[self.row, pos + k]
+                if k == 0:
+                    hidden = self.model.trunk_step(tokens, self.cache, positions)
+                else:          # a row whose token t_{i+k} isn't known yet is rebuilt by draft()
+                    self.model.head_step(k, tokens, self.cache, positions)
+        return hidden if 0 in parts else None
+
+    @torch.no_grad()
+    def use(self, k):
+        """from now on, rounds run heads 1 .. k. Those that sat out first read what they missed"""
+        self.right[: self.k + 1] = self.n - self.k - 1    # from there on, draft() has rebuilt them
+        self.k = k
+        # with one-hot p and q the three rules are one; without heads there is nothing to reject
+        self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
+        self.noise = make_noise(self.rule, len(self.n), k, self.model.weight)
+        self.verify_offsets = torch.arange(k + 1, device=self.n.device)
+        self.draft_offsets = self.verify_offsets - k
+        self.rebuild(range(1, k + 1), int((self.n - self.right[k]).max()))
+
+    def choose(self):
+        """heads="auto": past rounds say how many heads the next ones use. No draft of a round to come
+        has a say in it: so the output's distribution stays what it is"""
+        if self.auto:
+            k = self.auto.choose(self.accepted.cpu(), self.k)
+            if k != self.k:
+                self.use(k)
 
     def round(self):
         """draw the random numbers, then draft, verify and accept"""
@@ -360,7 +391,7 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self):
-        draft_probs = self.draft() if self.heads else None
+        draft_probs = self.draft() if self.k else None
         at, tokens, logits = self.verify()
         self.drafts = tokens[:, 1:]
         self.accept(logits, at, tokens, draft_probs)
@@ -371,7 +402,8 @@ class Decoder:
         return at, self.buffer[self.row, at]
 
     def draft(self):
-        """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V)
+        """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V). Here and
+        below, K is how many run: self.k
 
         Why every head runs over rows n-K-1 .. n-1, not over row n-1 alone: the last round began at
         n' = n-a-1, so the a+1 rows n' .. n-1 are new. Of older rows, head k's row i read t_{i+k},
@@ -381,7 +413,7 @@ class Decoder:
         at, tokens = self.window(self.draft_offsets)      # (B, K+1): head 1 reads t_{n-K} .. t_n
         positions = self.model.positions(self.cache, at - 1)
         draft_probs = []
-        for k in range(1, self.heads + 1):
+        for k in range(1, self.k + 1):
             hidden = self.model.head_step(k, tokens, self.cache, positions)
             logits = self.model.logits(k, hidden[:, -1], self.draft_vocab)         # (B, V)
             probs, tokens, at = self.propose(logits, at, self.noise.draft[:, k - 1 : k])
@@ -434,7 +466,7 @@ class Decoder:
             self.limit.copy_(torch.minimum(stops.amin(1), self.limit))
         count = torch.minimum(accepted + 1, self.limit - self.n)                   # 0 if finished
         emitted_drafts = torch.minimum(accepted, count)
-        self.accepted.scatter_add_(0, emitted_drafts, (count > 0).long())
+        self.accepted[self.k].scatter_add_(0, emitted_drafts, (count > 0).long())
         self.n += count
 
     def argmax(self, logits):
@@ -443,8 +475,8 @@ class Decoder:
     def remaining(self):
         """a lower bound on the remaining rounds (synchronises with the device)"""
         left = int((self.limit - self.n).max())
-        rounds = -(-left // (self.heads + 1))
-        if self.stop_token is not None:            # a look at a GPU costs about a round
+        rounds = -(-left // (self.k + 1))
+        if self.auto or self.stop_token is not None:       # a look at a GPU costs about a round
             rounds = min(rounds, 8 if self.n.is_cuda else 1)
         return rounds
 
@@ -519,20 +551,22 @@ def make_decoder(model, *args, fast="auto", **options):
 @torch.no_grad()
 def generate(
     model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top_k=None, accept="residual",
-    stop_token=None, generator=None, draft_vocab=None, watch=None, fast="auto",
+    stop_token=None, generator=None, draft_vocab=None, watch=None, fast="auto", costs=None,
 ):
     """
     continue each prompt by up to max_new_tokens tokens, or to the end of the context (block_size),
     or to stop_token (which is emitted too)
 
     prompts      one or several lists of token ids; each is continued independently of the others
-    heads        MTP heads that draft: None all, 0 ordinary decoding
+    heads        MTP heads that draft: None all, 0 ordinary decoding, "auto" as many as pay, chosen
+                 between rounds
     temperature  0 is greedy;  top_k  sample among the k most likely tokens
     accept       "residual" | "match" | "point": all exact
     generator    on the model's device; the same seed and prompts give the same text
     draft_vocab  draft only among the first so many ids; the output's distribution stays the same
     watch        called with the Decoder after the prefill and after each round
     fast         "auto" | "on" | "off": fast/decode.py, on a CUDA GPU
+    costs        for heads="auto": a file of `results/bench.py costs`, or what is in it
     -> (list of lists of new ids, Stats). Raises UserError on a bad request. Never prints.
     """
     prompts = token_lists(prompts)
@@ -542,7 +576,7 @@ def generate(
     try:
         decoder = make_decoder(
             model, len(prompts), length, heads, temperature, top_k, accept, stop_token, generator,
-            draft_vocab, fast=fast,
+            draft_vocab, costs, fast=fast,
         )
         return run_decoder(decoder, prompts, max_new_tokens, watch)
     finally:
@@ -556,11 +590,11 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     rounds = decoder.remaining()                          # waits until the prefill is done
     start = time.perf_counter()
     while rounds > 0:                                     # negative: a prompt too long for it
-        if watch:
-            watch(decoder)
-            rounds = 1
         for _ in range(rounds):
+            if watch:
+                watch(decoder)
             decoder.round()
+        decoder.choose()
         rounds = decoder.remaining()
     seconds = time.perf_counter() - start
     if watch:
@@ -568,12 +602,12 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     new = [decoder.tokens_from(b, len(prompt)) for b, prompt in enumerate(prompts)]
     tokens = sum(map(len, new))
     later = tokens - len(prompts)                         # than the prefill
-    accepted = decoder.accepted.tolist()
+    accepted = decoder.accepted.sum(0).tolist()
     forwards = sum(accepted)
     stats = Stats(
         forwards=forwards,
         accepted=accepted,
-        drafted=[0] * decoder.heads + [forwards],
+        drafted=decoder.accepted.sum(1).tolist(),
         tokens=tokens,
         seconds=seconds,
         sequences=len(prompts),
@@ -617,6 +651,8 @@ def trace(tokenizer, prompt, rounds):
     def watch(decoder):
         nonlocal known
         new = decoder.tokens_from(0, known)
+        if not new:                                       # a GPU is looked at every few rounds
+            return
         known += len(new)
         drafts = decoder.drafts[0].tolist() if rounds else []            # the prefill has none
         parts = []
@@ -660,6 +696,11 @@ def svg(rounds):
 # the command line
 
 
+def head_count(text):
+    """the type of --heads"""
+    return text if text == "auto" else int(text)
+
+
 @dataclass
 class DecodeConfig(DeviceFlags):
     prompt: str = flag("Once upon a time", "text to continue")
@@ -668,7 +709,11 @@ class DecodeConfig(DeviceFlags):
     tokens: int = flag(200, "tokens to emit", min=1)
     temperature: float = flag(0.8, "0 is greedy", min=0)
     top_k: int = flag(0, "sample among the k most likely tokens only; 0: all", min=0)
-    heads: int = flag(-1, "MTP heads that draft; 0: ordinary decoding; -1: all", min=-1)
+    heads: head_count = flag(
+        "", "MTP heads that draft; 0: ordinary decoding; -1: all; auto: as many as pay, chosen "
+        "between rounds; empty: auto where there are more than 4, else all", min=-1,
+    )
+    costs: str = flag("", "for --heads auto: times that `results/bench.py costs` wrote")
     accept: str = flag("residual", "accept rule: residual | match | point", choices=tuple(RULES))
     seed: int = flag(1, "seed of the random numbers")
     draft_vocab: int = flag(
@@ -700,9 +745,12 @@ def main():
     prompt = tokenizer.encode_chat(cfg.chat) if cfg.chat else tokenizer.encode(cfg.prompt)
     rounds = []
     watch = trace(tokenizer, prompt, rounds) if rest["trace"] else stream(tokenizer)
+    heads = cfg.heads
+    if heads == "":
+        heads = "auto" if model.config.n_mtp > 4 else -1
     (ids,), stats = generate(
         model, [prompt], cfg.tokens,
-        heads=None if cfg.heads < 0 else cfg.heads,
+        heads=None if heads == -1 else heads,
         temperature=cfg.temperature,
         top_k=cfg.top_k or None,
         accept=cfg.accept,
@@ -711,6 +759,7 @@ def main():
         draft_vocab=cfg.draft_vocab or None,
         watch=watch,
         fast=cfg.fast,
+        costs=cfg.costs or None,
     )
     text = tokenizer.decode(ids)
     if rest["trace"]:
@@ -721,7 +770,8 @@ def main():
     if len(prompt) + len(ids) == T < len(prompt) + cfg.tokens:
         print(f"\nthe context of {T} tokens leaves room for {len(ids)} new ones")
     print(
-        f"\ndecoding on {model.weight.device} with {len(stats.accepted) - 1} of "
+        f"\ndecoding on {model.weight.device} with "
+        f"{sum(k * n for k, n in enumerate(stats.drafted)) / max(1, stats.forwards):.3g} of "
         f"{model.config.n_mtp} heads: {stats.decoder}\n"
         f"1 token by the prefill, then {stats.tokens - 1} in {stats.forwards} forward passes "
         f"({stats.tokens_per_forward:.2f} each), {stats.tokens_per_second:.0f} tokens/s; "

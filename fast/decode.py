@@ -32,6 +32,8 @@ if triton is not None:
     import triton.language as tl
 
 MAX_ROWS = 32  # from here on, a library's matrix product is the faster one
+# heads="auto" chooses among these and all heads: each has a graph of its own
+HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 
 
 def unsupported(model):
@@ -72,6 +74,9 @@ class FastModel:
     @property
     def weight(self):
         return self.model.weight
+
+    def count_parameters(self):
+        return self.model.count_parameters()
 
     def positions(self, cache, pos):
         """as GPT.positions; for few tokens without a mask, and with the angles of all positions"""
@@ -126,13 +131,19 @@ class FastModel:
 
 class FastDecoder(Decoder):
     """decode.Decoder on a FastModel: the small operations around the kernels are compiled, and a
-    round is replayed as a CUDA graph. The random numbers are drawn outside of it: one seed gives
-    the same ones as in the plain Decoder"""
+    round is replayed as a CUDA graph, one for each number of heads. The random numbers are drawn
+    outside of it: one seed gives the same ones as in the plain Decoder"""
 
     why = "the fast path (Triton kernels in a CUDA graph)"
 
     def __init__(self, model, *args, **options):
         super().__init__(FastModel(model), *args, **options)
+        counts = {self.heads}
+        if self.auto:
+            counts.update(k for k in HEAD_COUNTS if k < self.heads)
+            for k in set(range(self.heads)) - counts:
+                self.auto.costs[k] = torch.inf
+        self.graphs = {}
         if not self.n.is_cuda:                            # in tests
             return
         # every Decoder is another function to torch.compile
@@ -141,7 +152,23 @@ class FastDecoder(Decoder):
         self.window = torch.compile(self.window, dynamic=False)
         self.propose = torch.compile(self.propose, dynamic=False)
         self.accept = torch.compile(self.accept, dynamic=False)
-        self.advance = capture(self.advance)
+        # a capture runs rounds, so all of them precede the prefill
+        self.k = -1
+        for k in sorted(counts):
+            self.use(k)
+            replay = capture(super().advance)
+            self.graphs[k] = (replay, self.noise, self.drafts)
+
+    def use(self, k):
+        super().use(k)
+        if k in self.graphs:                              # it reads the numbers of its capture
+            self.noise = self.graphs[k][1]
+
+    def advance(self):
+        if not self.graphs:
+            return super().advance()
+        replay, _, self.drafts = self.graphs[self.k]
+        replay()
 
     def argmax(self, logits):
         """in two steps: a GPU reads a long row in parallel only if it is cut into pieces"""

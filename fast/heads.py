@@ -1,0 +1,86 @@
+"""
+fast/heads.py: how many MTP heads pay? heads="auto" of decode.py, on every device. Optional.
+
+A round with k heads emits 1 + AR_1 + AR_1 AR_2 + .. + AR_1 AR_2 .. AR_k tokens on average, where
+AR_j is how often head j's draft is accepted, given that those before it were. Between rounds, the
+number of heads with the most tokens per time is chosen. AR is counted while decoding. How long a
+round takes stands in a table: by the clock of the call itself, one seed would not be one text.
+"""
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data.errors import UserError
+
+FORGET = 0.05     # the share of all counts that each choice forgets: older ones weigh less
+PRIOR = 0.8       # AR of heads of which nothing is known yet,
+PRIOR_DRAFTS = 6  # as if so many drafts had shown it
+SWITCH = 0.03     # another number of heads must be so much better, for its caches are to be filled
+FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as with one
+
+
+class HeadChoice:
+    """
+    costs   (K+1,) times of a round with 0 .. K heads, in any unit; inf: never chosen
+    past    (K+1, K+1) the part of all counts that has been forgotten
+    """
+
+    def __init__(self, model, batch, draft_vocab=None, costs=None):
+        """costs: a file that `results/bench.py costs` wrote, or what it holds. Where it has nothing
+        for this batch, round_costs"""
+        if isinstance(costs, (str, Path)):
+            costs = read_costs(costs)
+        costs = (costs or {}).get(str(batch)) or round_costs(model, batch, draft_vocab)
+        self.costs = torch.tensor(costs, dtype=torch.float64)
+        K = model.config.n_mtp
+        if len(costs) != K + 1:
+            raise UserError(f"the costs are those of 0 .. {len(costs) - 1} heads, this model has {K}: "
+                            "measure it with `results/bench.py costs`")
+
+    def choose(self, accepted, now):
+        """accepted (K+1, K+1), at [k, a] how many forwards with k heads have accepted a drafts since
+        the prefill; now: how many heads run -> how many should run next"""
+        if not accepted.any():                            # a new text
+            self.past = torch.zeros_like(accepted, dtype=torch.float64)
+        recent = accepted - self.past
+        self.past += FORGET * recent
+        reached = recent.sum(0).flip(0).cumsum(0).flip(0)          # [k]: k drafts or more accepted
+        judged = (reached - recent.diagonal())[:-1]                # of them, where head k+1 drafted
+        kept = reached[1:]
+        # a head that has not run for long is as good as those that have
+        prior = (kept.sum() + PRIOR_DRAFTS * PRIOR) / (judged.sum() + PRIOR_DRAFTS)
+        ar = (kept + PRIOR_DRAFTS * prior) / (judged + PRIOR_DRAFTS)
+        tokens = 1 + F.pad(ar.cumprod(0).cumsum(0), (1, 0))
+        speed = tokens / self.costs
+        speed[now] *= 1 + SWITCH
+        return int(speed.argmax())
+
+
+def round_costs(model, batch, draft_vocab=None):
+    """times of a round with 0 .. K heads, as far as its weights tell: to read each of them once takes
+    as long whatever they are multiplied with, until the rows are more than FREE_ROWS"""
+    K = model.config.n_mtp
+    sizes = model.count_parameters()
+    main = sizes["trunk"] + sizes["embedding"]
+    head = sizes["heads"] / max(1, K) + model.weight[:draft_vocab].numel()
+    costs = []
+    for k in range(K + 1):
+        rows = batch * (k + 1)
+        costs.append((main + k * head) / main * max(1, rows / FREE_ROWS))
+    return costs
+
+
+def read_costs(path):
+    """what `results/bench.py costs` wrote: {batch, as text: times of a round with 0 .. K heads}"""
+    try:
+        costs = json.loads(Path(path).read_text(encoding="utf-8"))
+        if all(min(map(float, times)) > 0 for times in costs.values()):
+            return costs
+    except OSError as error:
+        raise UserError(f"can't read {path} ({error.strerror})") from None
+    except (AttributeError, TypeError, ValueError):       # not JSON, or of another shape
+        pass
+    raise UserError(f"{path} does not hold times above 0: give a file that `results/bench.py costs` "
+                    "wrote")
