@@ -244,7 +244,7 @@ class Stats:
 
     forwards: int
     accepted: list             # accepted[a]: forwards that accepted a drafts
-    drafted: list              # drafted[k]: forwards for which k heads drafted (heads="auto": several)
+    drafted: list              # drafted[k]: forwards for which k heads drafted
     tokens: int                # emitted, each sequence's first one included
     seconds: float             # without the prefill
     sequences: int
@@ -350,8 +350,8 @@ class Decoder:
         self.choose()
 
     def rebuild(self, parts, rows):
-        """run the trunk (0) or heads (k) over the last `rows` rows, PREFILL at a time. In front of a
-        shorter text, position 0 is repeated, with the same result each time"""
+        """run the trunk (0) or heads (by number) over the last `rows` rows, PREFILL at a time. In
+        front of a shorter text, position 0 is repeated, with the same result each time"""
         for offsets in torch.arange(-rows, 0, device=self.n.device).split(PREFILL):
             pos = (self.n[:, None] + offsets).clamp_min(0)                # (B, PREFILL) or fewer
             positions = self.model.positions(self.cache, pos)
@@ -365,8 +365,9 @@ class Decoder:
 
     @torch.no_grad()
     def use(self, k):
-        """from now on, rounds run heads 1 .. k. Those that sat out first read what they missed"""
-        self.right[: self.k + 1] = self.n - self.k - 1    # from there on, draft() has rebuilt them
+        """from now on, rounds run heads 1 .. k. What these lack in their caches (the prompt, rounds
+        in which they did not run, rejected drafts) is rebuilt first"""
+        self.right[: self.k + 1] = self.n - self.k - 1    # the next round would rebuild the rest
         self.k = k
         # with one-hot p and q the three rules are one; without heads there is nothing to reject
         self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
@@ -376,8 +377,8 @@ class Decoder:
         self.rebuild(range(1, k + 1), int((self.n - self.right[k]).max()))
 
     def choose(self):
-        """heads="auto": past rounds say how many heads the next ones use. No draft of a round to come
-        has a say in it: so the output's distribution stays what it is"""
+        """heads="auto": use as many heads as pay. That depends on past rounds alone, not on the
+        drafts to come: so the distribution of the output stays the same"""
         if self.auto:
             k = self.auto.choose(self.accepted.cpu(), self.k)
             if k != self.k:
@@ -402,8 +403,8 @@ class Decoder:
         return at, self.buffer[self.row, at]
 
     def draft(self):
-        """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V). Here and
-        below, K is how many run: self.k
+        """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V). From here
+        on, K stands for self.k, the heads that run
 
         Why every head runs over rows n-K-1 .. n-1, not over row n-1 alone: the last round began at
         n' = n-a-1, so the a+1 rows n' .. n-1 are new. Of older rows, head k's row i read t_{i+k},

@@ -16,8 +16,8 @@ from data.errors import UserError
 
 FORGET = 0.05     # the share of all counts that each choice forgets: older ones weigh less
 PRIOR = 0.8       # AR of heads of which nothing is known yet,
-PRIOR_DRAFTS = 6  # as if so many drafts had shown it
-SWITCH = 0.03     # another number of heads must be so much better, for its caches are to be filled
+PRIOR_DRAFTS = 8  # as if so many drafts had shown it
+SWITCH = 0.05     # another number of heads must be so much better, for its caches are to be filled
 FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as with one
 
 
@@ -36,11 +36,11 @@ class HeadChoice:
         self.costs = torch.tensor(costs, dtype=torch.float64)
         K = model.config.n_mtp
         if len(costs) != K + 1:
-            raise UserError(f"the costs are those of 0 .. {len(costs) - 1} heads, this model has {K}: "
-                            "measure it with `results/bench.py costs`")
+            raise UserError(f"the costs are those of 0 .. {len(costs) - 1} heads; this model has "
+                            f"{K}: measure its own with `results/bench.py costs`")
 
     def choose(self, accepted, now):
-        """accepted (K+1, K+1), at [k, a] how many forwards with k heads have accepted a drafts since
+        """accepted (K+1, K+1), at [k, a]: how many forwards with k heads accepted a drafts, since
         the prefill; now: how many heads run -> how many should run next"""
         if not accepted.any():                            # a new text
             self.past = torch.zeros_like(accepted, dtype=torch.float64)
@@ -59,8 +59,8 @@ class HeadChoice:
 
 
 def round_costs(model, batch, draft_vocab=None):
-    """times of a round with 0 .. K heads, as far as its weights tell: to read each of them once takes
-    as long whatever they are multiplied with, until the rows are more than FREE_ROWS"""
+    """times of a round with 0 .. K heads in ordinary steps, as its weights suggest: to read them
+    once is what takes time, however many rows they are multiplied with, up to FREE_ROWS"""
     K = model.config.n_mtp
     sizes = model.count_parameters()
     main = sizes["trunk"] + sizes["embedding"]
@@ -82,5 +82,5 @@ def read_costs(path):
         raise UserError(f"can't read {path} ({error.strerror})") from None
     except (AttributeError, TypeError, ValueError):       # not JSON, or of another shape
         pass
-    raise UserError(f"{path} does not hold times above 0: give a file that `results/bench.py costs` "
-                    "wrote")
+    raise UserError(f"{path} does not hold times above 0: give a file that `results/bench.py "
+                    "costs` wrote")

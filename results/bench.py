@@ -2,7 +2,9 @@
 bench.py: is the decoded text the same, how fast is decoding, and what does a training step cost?
 
     python results/bench.py check CKPT       greedy text with heads against ordinary decoding
-    python results/bench.py decode CKPT ..   ordinary decoding and 1 .. 4 heads on the same prompts
+    python results/bench.py decode CKPT ..   ordinary decoding, 1 .. 4 heads and heads="auto" on the
+                                             same prompts
+    python results/bench.py costs CKPT --out FILE  how long rounds take here, for decode.py --costs
     python results/bench.py train            a training step for several K, with and without KL
     python results/bench.py train --memory_gb 8    what fits on a card of 8 GB, see cards.py
     python results/bench.py decode -h        every flag, its default and its meaning
@@ -110,9 +112,9 @@ class CheckConfig(DeviceFlags):
     count: int = flag(8, "prompts", min=1)
     prompt_tokens: int = flag(64, "tokens of a prompt from the validation text", min=1)
     tokens: int = flag(200, "tokens to emit for each prompt", min=1)
-    heads: int = flag(
-        -1, "MTP heads that draft; -1: all (check), or each of 1 .. 4, of 4, 8, 16, 32 where there "
-        "are more (decode)", min=-1,
+    heads: decode.head_count = flag(
+        -1, "MTP heads that draft, or auto; -1: all (check), or each of 1 .. 4, of 4, 8, 16, 32 "
+        "where there are more, and auto (decode)", min=-1,
     )
     draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
 
@@ -125,6 +127,24 @@ class DecodeConfig(CheckConfig):
         "residual", "accept rule: residual | match | point", choices=tuple(decode.RULES)
     )
     seed: int = flag(1, "seed of the random numbers")
+    costs: str = flag("", "for heads auto: times that `bench.py costs` wrote")
+
+
+@dataclass
+class CostsConfig:
+    batch: str = flag("1", "numbers of sequences, with commas")
+    temperature: float = flag(1.0, "of the rounds that are timed; 0 is greedy", min=0)
+    prompt_tokens: int = flag(64, "tokens of a prompt", min=1)
+    out: str = flag("", "write the times to this file, as JSON")
+    device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps")
+    dtype: str = flag(
+        "auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it",
+        choices=("auto", "float32", "bfloat16", "float64"),
+    )
+    fast: str = flag(
+        "auto", "fast path on a CUDA GPU: auto | on | off", choices=("auto", "on", "off")
+    )
+    draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
 
 
 class Checkpoint(NamedTuple):
@@ -171,8 +191,9 @@ def make_decoder(model, prompts, cfg, heads, batch=1, temperature=0.0, generator
     options = [temperature, top_k, accept]
     draft_vocab = cfg.draft_vocab or None
     length = decode.context_length(model, prompts, cfg.tokens)
+    costs = getattr(cfg, "costs", "") or None
     return decode.make_decoder(
-        model, batch, length, heads, *options, None, generator, draft_vocab, fast=cfg.fast
+        model, batch, length, heads, *options, None, generator, draft_vocab, costs, fast=cfg.fast
     )
 
 
@@ -185,8 +206,8 @@ def check(checkpoint, cfg):
     """greedy decoding with and without heads -> dict: how many continuations are the same, and for
     each of the others how nearly the two tokens were tied at the first difference"""
     model = checkpoint.model
-    heads = model.config.n_mtp if cfg.heads < 0 else cfg.heads
-    if heads == 0:
+    heads = model.config.n_mtp if cfg.heads == -1 else cfg.heads
+    if heads == 0 or model.config.n_mtp == 0:
         raise UserError(
             "without heads there is nothing to compare ordinary decoding with; give --heads 1 or "
             "more, and a checkpoint that has heads"
@@ -299,9 +320,11 @@ def check_decoding(checkpoint, prompts, cfg):
 
 def head_counts(K, wanted):
     """with how many heads to decode, beside none"""
-    if wanted >= 0 and K > 0:
-        return [wanted] if wanted else []
-    return [k for k in ((1, 2, 3, 4) if K <= 4 else (4, 8, 16, 32)) if k <= K]
+    if K == 0 or wanted == 0:
+        return []
+    if wanted != -1:
+        return [wanted]
+    return [k for k in ((1, 2, 3, 4) if K <= 4 else (4, 8, 16, 32)) if k <= K] + ["auto"]
 
 
 @torch.no_grad()
@@ -316,6 +339,9 @@ def bench_decoding(model, prompts, cfg, temperature):
     ar, car   teacher-forced, on the ordinary output (see count_accepted)
     predicted tokens per forward from car; speedup from it and from the times of one round
     gb_per_s  weights of the main model, read once per round
+    drafted   how many forwards 0 .. K heads drafted for
+
+    heads="auto" has no round of its own, so its row lacks what is about one
     """
     B = cfg.batch
     groups = [prompts[i : i + B] for i in range(0, len(prompts) - B + 1, B)]
@@ -325,7 +351,8 @@ def bench_decoding(model, prompts, cfg, temperature):
     for heads in [0, *counts]:
         decoders[heads] = make_decoder(model, prompts, cfg, heads, B, temperature, generator)
         decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
-    times = time_rounds(decoders, groups[0], cfg.tokens)
+    fixed = {heads: decoder for heads, decoder in decoders.items() if heads != "auto"}
+    times = time_rounds(fixed, groups[0], cfg.tokens)
     options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
     texts, stats, kept = run_in_turns(model, decoders, groups, cfg.tokens, options)
     repetitive = [any(map(loops, texts_of_group)) for texts_of_group in texts]
@@ -339,10 +366,14 @@ def bench_decoding(model, prompts, cfg, temperature):
         plain_stats = [stats[0][i] for i in used]
         row = dict(heads=heads, temperature=temperature, decoder=decoders[heads].why)
         row.update(speeds([stats[heads][i] for i in used], plain_stats))
-        row.update(ar=ar[heads - 1] if heads else None, car=car[heads - 1] if heads else None)
-        measured = row["tokens_per_forward"]
-        row.update(predictions(1 + sum(car[:heads]), measured, times[0], times[heads]))
-        row.update(gb_per_s=weights / row["ms_round"] / 1e6)
+        row.update(dict.fromkeys(OF_A_ROUND))
+        if heads != "auto":
+            row.update(predictions(
+                1 + sum(car[:heads]), row["tokens_per_forward"], times[0], times[heads]
+            ))
+            row.update(gb_per_s=weights / row["ms_round"] / 1e6)
+            if heads:
+                row.update(ar=ar[heads - 1], car=car[heads - 1])
         row.update(prompts=len(texts) * B, looping=sum(repetitive), batch=B)
         rows.append(row)
     return rows
@@ -384,6 +415,7 @@ def speeds(stats, plain_stats):
         tokens_per_forward=median([own.tokens_per_forward for own in stats]),
         tokens_per_s=median([own.tokens_per_second for own in stats]),
         speedup=median(ratios),
+        drafted=[sum(counts) for counts in zip(*(own.drafted for own in stats))],
     )
 
 
@@ -506,8 +538,12 @@ def draft_function(decoder):
     return capture(decoder.draft)
 
 
+OF_A_ROUND = (
+    "ar", "car", "ms_round", "ms_draft", "ms_verify", "predicted_tokens_per_forward",
+    "predicted_speedup", "model_speedup", "gb_per_s",
+)
 COLUMNS = [                                               # title, key, how it is printed
-    ("heads", "heads", "5d"), ("AR", "ar", "6.3f"), ("CAR", "car", "6.3f"),
+    ("heads", "heads", ">5"), ("AR", "ar", "6.3f"), ("CAR", "car", "6.3f"),
     ("tok/fwd", "tokens_per_forward", "8.2f"), ("expected", "predicted_tokens_per_forward", "9.2f"),
     ("tok/s", "tokens_per_s", "9.1f"), ("vs plain", "speedup", "9.2f"),
     ("predicted", "predicted_speedup", "10.2f"), ("vs 1 head", "over_one", "10.2f"),
@@ -523,13 +559,48 @@ def print_decoding(name, rows):
         excluded = "all have repetitive output, so that the speeds say little"
     print(f"\n{printable(str(name))}, temperature {first['temperature']}, batch {first['batch']}, "
           f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
-    widths = [int(form.split(".")[0].rstrip("d")) for _, _, form in COLUMNS]
+    widths = [int(form.split(".")[0].lstrip(">")) for _, _, form in COLUMNS]
     print(" ".join(title.rjust(width) for (title, _, _), width in zip(COLUMNS, widths)))
     for row in rows:
         cells = []
         for (_, key, form), width in zip(COLUMNS, widths):
             cells.append(" " * width if row[key] is None else format(row[key], form))
         print(" ".join(cells), flush=True)
+        if row["heads"] == "auto":
+            print(f"auto: forwards for which 0 .. K heads drafted: {row['drafted']}", flush=True)
+
+
+# -----------------------------------------------------------------------------
+# costs: how long does a round take?
+
+
+@torch.no_grad()
+def bench_costs(checkpoint, cfg):
+    """-> {batch, as text: times of a round with 0 .. K heads, in ordinary steps}, in the middle of
+    the context; prints them"""
+    model = checkpoint.model
+    K = model.config.n_mtp
+    if K == 0:
+        raise UserError(f"{checkpoint.path} has no MTP heads; there is only one kind of round")
+    n = min(cfg.prompt_tokens, model.config.block_size // 2)
+    tokens = model.config.block_size - n
+    options = [cfg.temperature, None, "residual", None, None, cfg.draft_vocab or None]
+    costs = {}
+    for batch in split("batch", cfg.batch, int):
+        decoders = {}
+        for k in tqdm(range(K + 1), f"batch {batch}", unit="decoder"):
+            decoders[k] = decode.make_decoder(
+                model, batch, n + tokens, k, *options, fast=cfg.fast
+            )
+        prompts = [[1] * n] * batch
+        time_rounds(decoders, prompts, tokens)                           # warm up
+        times = time_rounds(decoders, prompts, tokens)
+        costs[str(batch)] = [times[k][0] / times[0][0] for k in decoders]
+        shown = " ".join(f"{cost:.2f}" for cost in costs[str(batch)])
+        print(f"batch {batch}, temperature {cfg.temperature}, {decoders[K].why}: an ordinary step "
+              f"takes {times[0][0]:.3f} ms, rounds with 0 .. {K} heads {shown} times that",
+              flush=True)
+    return costs
 
 
 # -----------------------------------------------------------------------------
@@ -763,9 +834,22 @@ def main_decode(given, paths):
     return bench_checkpoints(load(paths, cfg), cfg)
 
 
+def main_costs(given, paths):
+    cfg = CostsConfig(**given)
+    check_flags(cfg)
+    if min(split("batch", cfg.batch, int)) < 1:
+        raise UserError(f"--batch is {cfg.batch!r}; it must be numbers from 1 on, with commas")
+    (checkpoint,) = load(paths, cfg)
+    costs = bench_costs(checkpoint, cfg)
+    if cfg.out:
+        Path(cfg.out).write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+    return costs
+
+
 COMMANDS = {                                              # flags, number of checkpoints, what to do
     "check": (CheckConfig, 1, main_check),
     "decode": (DecodeConfig, "+", main_decode),
+    "costs": (CostsConfig, 1, main_costs),
     "train": (StepConfig, None, main_train),
 }
 

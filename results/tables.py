@@ -161,7 +161,7 @@ def round_costs(rows):
     costs = {}
     for row in rows:
         for r in row["result"] if row["name"] == "speed python" else ():
-            if r["temperature"] == 0:
+            if r["temperature"] == 0 and r["heads"] != "auto":
                 plain.setdefault(r["checkpoint"], r["ms_round"])       # heads 0 comes first
                 costs.setdefault(r["heads"], []).append(r["ms_round"] / plain[r["checkpoint"]])
     return costs
@@ -203,8 +203,9 @@ def loop_speed_table(rows):
 def speed_line(r):
     return [Path(r["checkpoint"]).parent.name, r["temperature"], r["batch"], r["heads"],
             f"{r['tokens_per_forward']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}",
-            f"{r['predicted_speedup']:.2f}", f"{r['over_one']:.2f}" if r["over_one"] else "",
-            f"{r['ms_round']:.3f}", f"{r['looping']}/{r['prompts'] // r['batch']}"]
+            f"{r['predicted_speedup']:.2f}" if r["ms_round"] else "",
+            f"{r['over_one']:.2f}" if r["over_one"] else "",
+            f"{r['ms_round']:.3f}" if r["ms_round"] else "", f"{r['looping']}/{r['prompts'] // r['batch']}"]
 
 
 def speed_table(rows):
@@ -403,7 +404,7 @@ def speed_figure(plt, rows):
             continue
         name = re.sub(r" seed\d+$", "", row["name"])
         for r in row["result"]:
-            if r["batch"] == 1 and r["temperature"] == 1:
+            if r["batch"] == 1 and r["temperature"] == 1 and r["heads"] != "auto":
                 groups.setdefault(name, {}).setdefault(r["checkpoint"], []).append(r)
     if not groups:
         return None
