@@ -145,6 +145,11 @@ MUTATIONS = [
      "logits.masked_fill(logits < top.values[..., -1:], -torch.inf)",
      ["test_decode.py::test_top_k_keeps_exactly_k_of_equal_logits"]),
 
+    ("a drawn draft is dropped where its own probability is small: which drafts are judged depends on them", "decode.py",
+     "accepted = num_accepted(bernoulli(p / q, noise.accept))",
+     "accepted = num_accepted(bernoulli(p / q, noise.accept) & (q > 0.4))",
+     ["test_heads.py::test_the_distribution_stays_whatever_number_of_heads_runs[residual-ks1]"]),
+
     # ---- decode.py: the loop
     ("rows that were built from rejected drafts are not rebuilt", "decode.py",
      "self.window(self.draft_offsets)", "self.window(self.draft_offsets[-1:])",
@@ -153,6 +158,19 @@ MUTATIONS = [
      "self.window(self.draft_offsets)", "self.window(self.draft_offsets[-self.heads :])",
      ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[1]",
       "test_decode.py::test_the_draft_distribution_is_that_of_its_head"]),
+    ("a head that sat out comes back without the rows that it missed", "decode.py",
+     "self.right[: self.k + 1] = self.n - self.k - 1", "self.right[:] = self.n - self.k - 1",
+     ["test_heads.py::test_drafts_are_those_without_a_cache_under_random_numbers_of_heads[2-256]",
+      "test_heads.py::test_draft_distributions_are_those_without_a_cache_under_random_numbers[residual]",
+      "test_heads.py::test_a_prompt_and_a_long_pause_are_made_up_for_in_pieces"]),
+    ("with fewer heads the window is shorter, and rows of rejected drafts before it stay", "decode.py",
+     "self.right[: self.k + 1] = self.n - self.k - 1", "self.right[: self.k + 1] = self.n - k - 1",
+     ["test_heads.py::test_drafts_are_those_without_a_cache_under_random_numbers_of_heads[4-256]",
+      "test_heads.py::test_draft_distributions_are_those_without_a_cache_under_random_numbers[residual]"]),
+    ("heads that come back read the first piece of what they missed, not all of it", "decode.py",
+     "self.model.head_step(k, tokens, self.cache, positions)\n        return",
+     "self.model.head_step(k, tokens, self.cache, positions)\n            break\n        return",
+     ["test_heads.py::test_a_prompt_and_a_long_pause_are_made_up_for_in_pieces"]),
     ("head k+1 reads what stood in the buffer before, not head k's draft", "decode.py",
      "torch.where(at == at[:, -1:], draft[:, None], self.buffer[self.row, at])",
      "self.buffer[self.row, at]",
@@ -185,6 +203,21 @@ MUTATIONS = [
     ("the picture of a trace lacks its first line", "decode.py",
      "enumerate(rounds)", "enumerate(rounds[1:])",
      ["test_flags.py::test_svg_is_the_trace_in_a_file"]),
+
+    # ---- fast/heads.py
+    ("a head that did not run counts as rejected, and never runs again", "fast/heads.py",
+     "judged = (reached - recent.diagonal())[:-1]", "judged = reached[:-1]",
+     ["test_heads.py::test_rounds_with_fewer_heads_judge_only_the_heads_that_ran",
+      "test_heads.py::test_what_was_counted_long_ago_fades_and_a_head_that_sat_out_is_tried_again"]),
+    ("the number of heads depends on the text that was decoded before", "fast/heads.py",
+     "if not accepted.any():", 'if not hasattr(self, "past"):',
+     ["test_heads.py::test_the_same_seed_is_the_same_text_and_watching_changes_nothing"]),
+    ("nothing is forgotten: a head that was once bad stays out", "fast/heads.py",
+     "self.past += FORGET * recent", "pass",
+     ["test_heads.py::test_what_was_counted_long_ago_fades_and_a_head_that_sat_out_is_tried_again"]),
+    ("a batch costs what one sequence does", "fast/heads.py",
+     "rows = batch * (k + 1)", "rows = k + 1",
+     ["test_heads.py::test_costs_by_the_weights_that_are_read"]),
 
     # ---- train.py
     ("gradients of micro-batches are added up, not averaged", "train.py",
