@@ -14,6 +14,7 @@ import decode
 import distill
 import train
 from data import prepare as P
+from fast.heads import read_costs
 from model import GPT, GPTConfig
 from results import bench
 
@@ -161,7 +162,12 @@ def test_rows_with_a_clock_that_counts_forwards(toy, rows):
     table = rows(count=1)
     model = common.load_checkpoint(toy / "ckpt.pt")[0]
     weights = 8 * sum(p.numel() for p in [*model.blocks.parameters(), model.weight])     # float64
-    for plain, *some in (table[:3], table[3:]):
+    for plain, *some, auto in (table[:4], table[4:]):
+        assert auto["heads"] == "auto" and plain["ms_round"] is not None
+        assert [auto[name] for name in bench.OF_A_ROUND] == [None] * len(bench.OF_A_ROUND)
+        assert auto["speedup"] == pytest.approx(auto["tokens_per_s"] / plain["tokens_per_s"])
+        # as many tokens per forward as the heads allow that ran
+        assert sum(auto["drafted"]) * auto["tokens_per_forward"] == pytest.approx(19)
         assert some[0]["ar"] == some[0]["car"]
         assert some[1]["car"] == pytest.approx(some[0]["ar"] * some[1]["ar"])
         assert 0 < some[1]["car"] < some[0]["car"] < 1
@@ -178,7 +184,7 @@ def test_rows_with_a_clock_that_counts_forwards(toy, rows):
             assert row["over_one"] == pytest.approx(row["tokens_per_s"] / some[0]["tokens_per_s"])
             assert row["gb_per_s"] == pytest.approx(2 * weights / (1 + k) / 1e9)
     assert table[1]["tokens_per_forward"] > 1.2
-    assert [row["temperature"] for row in table] == [0] * 3 + [1] * 3
+    assert [row["temperature"] for row in table] == [0] * 4 + [1] * 4
 
 
 def test_a_second_checkpoint_is_compared_with_one_head_of_the_first(toy, rows):
@@ -188,9 +194,9 @@ def test_a_second_checkpoint_is_compared_with_one_head_of_the_first(toy, rows):
         weight.data.normal_(std=0.1)
     common.save_checkpoint(toy / "worse.pt", model, **meta)
     table = rows(toy / "worse.pt", count=1)
-    first, second = table[:6], table[6:]
-    for row, own in zip(second, first):
-        one = first[1 if row["temperature"] == 0 else 4]
+    first, second = table[:8], table[8:]
+    for row in second:
+        one = first[1 if row["temperature"] == 0 else 5]
         assert row["over_one"] == pytest.approx(row["tokens_per_s"] / one["tokens_per_s"])
     assert second[1]["tokens_per_s"] < 0.9 * first[1]["tokens_per_s"]
 
@@ -217,7 +223,7 @@ def test_where_all_prompts_end_in_a_loop_none_is_left_out(toy, monkeypatch, caps
         out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", "--json", *as_flags(FLAGS))
         table = json.loads(out.splitlines()[-1])
         assert out.count(shown) == 2 and ("excluded" in out) != found
-        assert [(row["looping"], row["prompts"]) for row in table] == [(2 * found, 2)] * 6
+        assert [(row["looping"], row["prompts"]) for row in table] == [(2 * found, 2)] * 8
         got = [[row[name] for name in ("tokens_per_forward", "ar", "car")] for row in table]
         base = base or got
         assert got == base
@@ -256,7 +262,7 @@ def test_a_checkpoint_without_heads_and_the_printed_table(toy, monkeypatch, caps
     out = call(monkeypatch, capsys, "decode", *checkpoints, "--json", *as_flags(FLAGS))
     out, _, result = out.strip().rpartition("\n")
     assert [(r["heads"], r["temperature"]) for r in json.loads(result)] == [
-        (k, t) for t in (0, 1) for k in (0, 1, 2)] + [(0, 0), (0, 1)]
+        (k, t) for t in (0, 1) for k in (0, 1, 2, "auto")] + [(0, 0), (0, 1)]
     assert "plain.pt has no MTP heads" in out and out.count("plain PyTorch") == 4
     assert out.count("vs plain") == out.count("vs 1 head") == 4 and "repetitive output" in out
 
@@ -296,9 +302,9 @@ def decoded(monkeypatch):
 
 
 @pytest.mark.parametrize("stop,tables,prompts", [
-    (4 + 4, 1, 1),                # 3 to warm up, then 3 for each prompt: in the second prompt's
-    (3 + 9 + 2, 1, 3),            # while the second table's decoders warm up
-    (3 + 9 + 3 + 8, 2, 2),        # in the third prompt of the second table
+    (5 + 5, 1, 1),                # 4 to warm up, then 4 for each prompt: in the second prompt's
+    (4 + 12 + 2, 1, 3),           # while the second table's decoders warm up
+    (4 + 12 + 4 + 10, 2, 2),      # in the third prompt of the second table
 ])
 def test_what_was_measured_before_ctrl_c_is_printed(
     toy, decoded, monkeypatch, capsys, stop, tables, prompts
@@ -306,13 +312,13 @@ def test_what_was_measured_before_ctrl_c_is_printed(
     decoded["stop"] = stop
     argv = ["decode", toy / "ckpt.pt", toy / "plain.pt", *as_flags({**FLAGS, "count": 3})]
     out, table = interrupted_call(monkeypatch, capsys, *argv)
-    assert out.count("tok/fwd") == tables and len(table) == 3 * tables
-    assert [row["prompts"] for row in table[-3:]] == [prompts] * 3
-    assert table[-1]["tokens_per_forward"] > 1 and table[-1]["car"] > 0
+    assert out.count("tok/fwd") == tables and len(table) == 4 * tables
+    assert [row["prompts"] for row in table[-4:]] == [prompts] * 4
+    assert table[-2]["tokens_per_forward"] > 1 and table[-2]["car"] > 0
 
 
 def test_ctrl_c_before_the_first_prompt(toy, decoded, monkeypatch, capsys):
-    decoded["stop"] = 5
+    decoded["stop"] = 6
     out, table = interrupted_call(monkeypatch, capsys, "decode", toy / "ckpt.pt", *as_flags(FLAGS))
     assert table == [] and "tok/fwd" not in out
 
@@ -359,19 +365,20 @@ def test_each_flag_changes_the_rows(toy, rows, changes, cached=[]):
         changes = {"data": toy / "other"}
     got = rows(**changes)
     assert numbers(got) != numbers(base)
-    sampled = list(zip(got[4:], base[4:]))
+    plain, *sampled = zip(got[len(got) // 2 :], base[4:])
     if set(changes) & {"accept", "draft_vocab", "seed"}:     # in the rounds
         assert any(r["tokens_per_forward"] != b["tokens_per_forward"] for r, b in sampled)
     if set(changes) & {"accept", "draft_vocab"}:             # and in the teacher-forced rates
         assert any(r["ar"] != b["ar"] for r, b in sampled)
+    assert plain[0]["heads"] == plain[1]["heads"] == 0
     assert [r["prompts"] for r in got] == [changes.get("count", 2)] * len(got)
     assert [r["batch"] for r in got] == [changes.get("batch", 1)] * len(got)
     if "heads" in changes:
         assert [r["heads"] for r in got] == [0, 2] * 2
     if "top_k" in changes:                              # the most likely token alone: greedy
-        assert numbers(got)[3:] == numbers(got)[:3] == numbers(base)[:3]
+        assert numbers(got)[4:] == numbers(got)[:4] == numbers(base)[:4]
     else:
-        assert numbers(got)[3:] != numbers(got)[:3]
+        assert numbers(got)[len(got) // 2 :] != numbers(got)[: len(got) // 2]
 
 
 def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
@@ -406,6 +413,11 @@ def test_prompts_come_from_the_data_and_have_the_length_that_was_asked_for(toy):
     (["decode", "ckpt.pt", "--batch", 0], "--batch is 0"),
     (["decode", "ckpt.pt", "--batch", 9, "--tokens", 4], "--batch 9"),
     (["decode", "ckpt.pt", "--tokens", 2, "--prompt_tokens", 8], "no continuation is longer"),
+    (["decode", "ckpt.pt", "--heads", "auto", "--costs", "gone.json"], "can't read gone.json"),
+    (["costs", "plain.pt"], "has no MTP heads"),
+    (["costs", "ckpt.pt", "--batch", "0"], "--batch is '0'"),
+    (["costs", "ckpt.pt", "--batch", "x"], "--batch is 'x'"),
+    (["costs", "ckpt.pt", "--draft_vocab", 999], "draft_vocab is 999"),
     (["train", "--heads", "two"], "--heads is 'two'"),
     (["train", "--kl", "forward,x"], "--kl is 'x'"),
     (["train", "--heads", -1], "--n_mtp is -1"),
@@ -422,12 +434,44 @@ def test_bad_requests(toy, monkeypatch, capsys, argv, message):
 
 
 # -----------------------------------------------------------------------------
+# bench.py decode with heads auto, bench.py costs
+
+
+def test_auto_alone_and_the_costs_that_it_was_given(toy, monkeypatch, capsys):
+    costs = toy / "costs.json"
+    drafted = []
+    for times in ([1, 9, 9], [1, 1, 9], [1, 9, 1]):
+        costs.write_text(json.dumps({"1": times}), encoding="utf-8")
+        flags = as_flags({**FLAGS, "heads": "auto", "costs": costs})
+        out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", *flags, "--json")
+        table = json.loads(out.splitlines()[-1])
+        assert [row["heads"] for row in table] == [0, "auto"] * 2
+        assert out.count("auto: forwards for which 0 .. K heads drafted: [") == 2
+        drafted.append([row["drafted"].index(max(row["drafted"])) for row in table[1::2]])
+    assert drafted == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_costs_are_the_times_of_rounds_in_ordinary_steps(toy, clock, monkeypatch, capsys):
+    """by the clock that counts forwards, a head takes as long as the main model"""
+    out = toy / "measured.json"
+    more = ["--batch=1,3", f"--out={out}", "--json", "--device=cpu", "--dtype=float64"]
+    printed = call(monkeypatch, capsys, "costs", toy / "ckpt.pt", *more)
+    want = {"1": [1.0, 2.0, 3.0], "3": [1.0, 2.0, 3.0]}
+    assert json.loads(printed.splitlines()[-1]) == want
+    assert json.loads(out.read_text(encoding="utf-8")) == want
+    assert "takes 500.000 ms, rounds with 0 .. 2 heads 1.00 2.00 3.00 times that" in printed
+    assert read_costs(out) == want
+
+
+# -----------------------------------------------------------------------------
 # bench.py check
 
 
 def test_check_finds_no_difference_in_float64(toy, monkeypatch, capsys):
     flags = as_flags({**FLAGS, "count": 3})
     out = call(monkeypatch, capsys, "check", toy / "ckpt.pt", "--json", *flags)
+    auto = call(monkeypatch, capsys, "check", toy / "ckpt.pt", "--heads=auto", *flags)
+    assert "3 of 3 greedy continuations are identical" in auto and "auto heads on cpu" in auto
     assert "3 of 3 greedy continuations are identical" in out
     assert "2 heads on cpu: plain PyTorch" in out
     assert json.loads(out.splitlines()[-1]) == dict(same=3, prompts=3, differences=[])

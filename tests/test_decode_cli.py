@@ -15,9 +15,9 @@ from model import GPT, GPTConfig
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
-    """checkpoints with 2 and with 0 heads over bytes"""
+    """checkpoints with 2, 5 and 0 heads over bytes"""
     folder = tmp_path_factory.mktemp("toys")
-    for name, heads in (("two", 2), ("none", 0)):
+    for name, heads in (("two", 2), ("five", 5), ("none", 0)):
         torch.manual_seed(0)
         model = GPT(GPTConfig(257, 64, 1, 2, 8, heads))
         cfg = train.TrainConfig(block_size=64, n_mtp=heads)
@@ -66,6 +66,22 @@ def test_a_checkpoint_without_heads_decodes(toys, monkeypatch, capsys):
     assert json.loads(out.splitlines()[-1])["forwards"] == 4 and "with 0 of 0 heads" in out
 
 
+@pytest.mark.parametrize("name, more, auto", [
+    ("two", [], False), ("two", ["--heads", "auto"], True), ("five", [], True),
+    ("five", ["--heads", -1], False),
+])
+def test_auto_is_the_default_with_more_than_4_heads(toys, monkeypatch, capsys, name, more, auto):
+    """a toy's heads are nearly as large as its trunk and nothing that they draft is right, so auto
+    soon runs none; the closing line says how many ran on average"""
+    flags = ["--prompt", "the", "--tokens", 40, "--temperature", 0, "--json", "--no-stop", *more]
+    out = call(monkeypatch, capsys, toys / f"{name}.pt", *flags)
+    drafted = json.loads(out.splitlines()[-1])["drafted"]
+    K = len(drafted) - 1
+    assert (drafted[K] < sum(drafted)) == auto
+    mean = sum(k * n for k, n in enumerate(drafted)) / sum(drafted)
+    assert f"with {mean:.3g} of {K} heads: plain PyTorch" in out
+
+
 def test_more_tokens_than_the_context_takes(toys, monkeypatch, capsys):
     out = call(monkeypatch, capsys, toys / "two.pt", "--prompt", "x" * 60, "--tokens", 9, "--json")
     assert len(json.loads(out.splitlines()[-1])["ids"]) == 4 and "leaves room for 4 new ones" in out
@@ -74,6 +90,8 @@ def test_more_tokens_than_the_context_takes(toys, monkeypatch, capsys):
 @pytest.mark.parametrize("argv,message", [
     (["two.pt", "--prompt", ""], "prompt is empty"),
     (["two.pt", "--heads", 3], "has 2 MTP heads"),
+    (["two.pt", "--heads", -2], "--heads is -2"),
+    (["two.pt", "--heads", "auto", "--costs", "gone.json"], "can't read gone.json"),
     (["two.pt", "--temperature", -1], "--temperature is -1"),
     (["two.pt", "--top_k", -2], "--top_k is -2"),
     (["two.pt", "--top_k", 999], "top_k is 999"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import decode
 import distill
 import fast.decode
+import fast.heads
 import fast.loss
 import model
 import train
@@ -269,6 +270,7 @@ def toy(**options):
     (2, 1.0, "residual"),
     (2, 1.0, "point"),
     (2, 1.0, "match"),
+    ("auto", 1.0, "residual"),
 ])
 @both_kinds
 def test_one_seed_is_one_text_with_and_without_the_fast_path(heads, temperature, rule, options):
@@ -278,6 +280,32 @@ def test_one_seed_is_one_text_with_and_without_the_fast_path(heads, temperature,
         options = dict(heads=heads, temperature=temperature, accept=rule, generator=generator)
         texts[path], _ = decode.generate(gpt, [[1, 2, 3], [4]], 4, fast=path, **options)
     assert texts["on"] == texts["off"] == texts["auto"]
+
+
+@pytest.mark.parametrize("rule", ["residual", "match"])
+def test_changing_numbers_of_heads_are_those_of_the_plain_decoder(rule, monkeypatch):
+    """heads sit out and come back; on a GPU each number has a graph of its own"""
+    gpt, results = toy(block_size=40), []
+    for path in ("on", "off"):
+        ks = iter([0, 2, 0, 1, 2] * 9)
+        monkeypatch.setattr(fast.heads.HeadChoice, "choose", lambda *args: next(ks))
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        drafts = []
+        text, stats = decode.generate(
+            gpt, [[1, 2, 3], [4]], 9, heads="auto", temperature=1.0, accept=rule, fast=path,
+            generator=generator, watch=lambda decoder: drafts.append(decoder.n.tolist()),
+        )
+        results.append((text, stats.drafted, stats.accepted, drafts))
+    assert results[0] == results[1]
+    assert sum(count > 0 for count in results[0][1]) > 1              # a GPU seldom changes
+
+
+def test_auto_chooses_among_the_numbers_that_have_a_graph():
+    gpt = toy(n_mtp=11, block_size=40)
+    decoder = decode.make_decoder(gpt, 1, 30, "auto", fast="on")
+    allowed = [k for k in range(12) if decoder.auto.costs[k] < torch.inf]
+    assert allowed == [0, 1, 2, 4, 6, 8, 11]
+    assert decode.make_decoder(gpt, 1, 30, "auto", fast="off").auto.costs.max() < torch.inf
 
 
 @both_kinds
@@ -339,7 +367,7 @@ def test_auto_falls_back_and_on_does_not(monkeypatch):
 
 @on_a_gpu
 @pytest.mark.parametrize("options", [{}, dict(n_kv_head=2, swiglu=512, rope_base=1e5)])
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("heads", [1, 4, "auto"])
 def test_in_bf16_the_text_is_plain_decodings_to_the_last_token(heads, options):
     torch.manual_seed(0)
     shape = dict(vocab_size=512, block_size=256, n_layer=4, n_head=4, n_embd=256, n_mtp=4)

@@ -398,8 +398,19 @@ def test_each_flag_of_decode_reaches_generate(learned, capsys, name):
 
 
 def test_every_flag_of_decode_is_tested():
-    assert DECODE_FLAGS == {*OF_GENERATE, "device", "fast", "svg",
+    assert DECODE_FLAGS == {*OF_GENERATE, "device", "fast", "svg", "costs",
                             "chat", "stop"}    # test_first_heads.py
+
+
+def test_costs_and_auto_reach_generate(learned, tmp_path, capsys):
+    drafted = []
+    for times in ([1, 9, 9], [1, 0.5, 0.5]):
+        (tmp_path / "costs.json").write_text(json.dumps({"1": times}), encoding="utf-8")
+        capsys.readouterr()
+        call(decode.main, learned, "--heads=auto", f"--costs={tmp_path / 'costs.json'}", "--json",
+             "--device=cpu", "--tokens=20", "--prompt=the")
+        drafted.append(json.loads(capsys.readouterr().out.splitlines()[-1])["drafted"])
+    assert drafted[0][0] == sum(drafted[0]) and drafted[1][0] == 0
 
 
 def test_fast_picks_the_decoder(learned, monkeypatch, capsys):

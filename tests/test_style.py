@@ -67,7 +67,7 @@ def test_few_calls_lead_from_the_command_line_to_the_loss():
         assert called in names, (function, called)
 
 
-@pytest.mark.parametrize("name", [*HEART, "fast/loss.py", "fast/decode.py"])
+@pytest.mark.parametrize("name", [*HEART, "fast/loss.py", "fast/decode.py", "fast/heads.py"])
 def test_lines_and_functions_have_an_end(name):
     text = read(name)
     assert max(map(len, text.splitlines())) <= 100
