@@ -131,20 +131,12 @@ class DecodeConfig(CheckConfig):
 
 
 @dataclass
-class CostsConfig:
+class CostsConfig(DeviceFlags):
     batch: str = flag("1", "numbers of sequences, with commas")
     temperature: float = flag(1.0, "of the rounds that are timed; 0 is greedy", min=0)
     prompt_tokens: int = flag(64, "tokens of a prompt", min=1)
-    out: str = flag("", "write the times to this file, as JSON")
-    device: str = flag("auto", "auto (cuda where there is one, else cpu) | cpu | cuda | mps")
-    dtype: str = flag(
-        "auto", "float32 | bfloat16 | float64; auto: bfloat16 where the GPU has it",
-        choices=("auto", "float32", "bfloat16", "float64"),
-    )
-    fast: str = flag(
-        "auto", "fast path on a CUDA GPU: auto | on | off", choices=("auto", "on", "off")
-    )
     draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
+    out: str = flag("", "write the times to this file, as JSON")
 
 
 class Checkpoint(NamedTuple):

@@ -201,11 +201,15 @@ def loop_speed_table(rows):
 
 
 def speed_line(r):
+    predicted = ""
+    ms = ""
+    if r["heads"] != "auto":                               # else it has no round of its own
+        predicted = f"{r['predicted_speedup']:.2f}"
+        ms = f"{r['ms_round']:.3f}"
     return [Path(r["checkpoint"]).parent.name, r["temperature"], r["batch"], r["heads"],
             f"{r['tokens_per_forward']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['speedup']:.2f}",
-            f"{r['predicted_speedup']:.2f}" if r["ms_round"] else "",
-            f"{r['over_one']:.2f}" if r["over_one"] else "",
-            f"{r['ms_round']:.3f}" if r["ms_round"] else "", f"{r['looping']}/{r['prompts'] // r['batch']}"]
+            predicted, f"{r['over_one']:.2f}" if r["over_one"] else "", ms,
+            f"{r['looping']}/{r['prompts'] // r['batch']}"]
 
 
 def speed_table(rows):

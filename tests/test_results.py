@@ -104,7 +104,9 @@ def test_the_expected_speed_of_looped_models(written):
     rest = dict(checkpoint="a/b", batch=1, tokens_per_forward=1.0, tokens_per_s=1.0, speedup=1.0,
                 predicted_speedup=1.0, over_one=None, looping=0, prompts=1)
     speed = []
-    for temperature, heads, ms in ((0, 0, 2.0), (0, 1, 2.5), (0, 2, 4.0), (1, 2, 99.0)):
+    for temperature, heads, ms in (
+        (0, 0, 2.0), (0, 1, 2.5), (0, 2, 4.0), (0, "auto", None), (1, 2, 99.0)
+    ):
         speed.append(dict(rest, temperature=temperature, heads=heads, ms_round=ms))
     rows = [effect_row("MTP", 1, 4.0, 0.5), effect_row("MTP", 2, 4.0, 0.25),
             row("speed python", "speed", speed)]
@@ -237,6 +239,9 @@ def test_a_speed_without_one_head_says_nothing_about_it(written):
              prompts=8)
     text, _ = written([row("speed", "speed", [r])])
     assert cells(text, "a")[7] == ""
+    r.update(heads="auto", predicted_speedup=None, ms_round=None, over_one=1.5)
+    text, _ = written([row("speed", "speed", [r])])
+    assert cells(text, "a")[2:] == ["auto", "2.00", "10", "1.00", "", "1.50", "", "0/1"]
 
 
 def test_without_matplotlib_there_are_tables_and_one_line(tmp_path, monkeypatch, capsys):
