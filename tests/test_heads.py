@@ -208,6 +208,19 @@ def test_useless_heads_soon_sit_out_and_are_tried_again():
     assert seen.index(0) < 20 and max(seen[seen.index(0) :]) > 0
 
 
+def test_a_decoder_that_is_used_again_reads_the_new_prompts(monkeypatch):
+    model, seen = make_model(11, 60, 2, seed=3), accepting(monkeypatch)
+    scripted(monkeypatch, [2] * 8 + [0] * 12 + [2])
+    decoder, gen = Decoder(model, 2, 50, "auto"), torch.Generator().manual_seed(1)
+    for length in (20, 28, 12):
+        prompts = [torch.randint(11, (length + b,), generator=gen).tolist() for b in range(2)]
+        decode.run_decoder(decoder, prompts, 20)
+        for _, k, text, drafts, _ in seen:
+            assert drafts == [choice(model, text + drafts[:j], j + 1) for j in range(k)]
+        assert sum(k for _, k, *_ in seen) > 10
+        seen.clear()
+
+
 def test_a_prompt_and_a_long_pause_are_made_up_for_in_pieces(monkeypatch):
     """more rows than PREFILL, for one sequence of two"""
     model = make_model(11, 600, 2, seed=3)
@@ -249,6 +262,10 @@ def test_the_number_with_the_most_tokens_per_time_is_chosen():
         choose = chooser(costs)
         choose.choose(zero, 3)
         assert choose.choose(many, 3) == want, costs
+    # AR_1 = 1/4, AR_2 = 1: a good head after a bad one, 1 + 1/4 + 1/4 tokens
+    choose = chooser([1, 1.5, 1.8])
+    choose.choose(counts(2, {}), 2)
+    assert choose.choose(counts(2, {(2, 0): 750, (2, 2): 250}), 2) == 0
 
 
 def test_rounds_with_fewer_heads_judge_only_the_heads_that_ran():
