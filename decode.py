@@ -222,20 +222,6 @@ def rates(histogram):
     return ar, car
 
 
-@torch.no_grad()
-def acceptance(model, tokens):
-    """tokens (B, T) of some text -> (AR, CAR), K numbers each, against the main head's own argmax,
-    teacher-forced. The model should be in eval mode; T is at most block_size"""
-    K = model.config.n_mtp
-    if tokens.size(1) <= K:
-        raise UserError(
-            f"got {tokens.size(1)} tokens; the acceptance of {K} heads needs at least {K + 1}"
-        )
-    choices = [logits.argmax(-1) for logits in model.all_logits(tokens)]
-    lengths = accepted_lengths(choices).flatten()
-    return rates(torch.bincount(lengths, minlength=K + 1).tolist())
-
-
 @dataclass
 class Stats:
     """what a call of generate did. A forward is one run of the main model for one sequence, after

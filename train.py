@@ -114,10 +114,6 @@ class TrainConfig(DeviceFlags):
                         choices=("auto", "off", "blocks", "model"))
 
 
-# flags of earlier versions, and the value that leaves training as it is now
-RETIRED = {"clip_apart": False, "kl_grad": "full"}
-
-
 def stored_config(meta):
     """the TrainConfig in a checkpoint, without the flags of other versions"""
     stored = meta["train_config"].items()
@@ -601,10 +597,6 @@ def resume(path, given, writer="train.py"):
         if value != fixed.get(name, value):
             raise UserError(f"--{name} {value} disagrees with the checkpoint, which has "
                             f"{fixed[name]!r}: leave the flag out, or train anew without --resume")
-    for name, plain in RETIRED.items():
-        if state["train_config"].get(name, plain) != plain:
-            raise UserError(f"{path} was trained with --{name} {state['train_config'][name]}, "
-                            "which this version lacks; resume it with the version that wrote it")
     optimizer = state.get("optimizer")
     moments = optimizer.get("state") if isinstance(optimizer, dict) else None
     if not isinstance(moments, dict) or not moments:

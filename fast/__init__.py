@@ -1,1 +1,2 @@
-"""the loss and the decoding steps once more, faster, for a CUDA GPU. Nothing here is needed"""
+"""the loss and the decoding steps once more, faster, for a CUDA GPU; and, on every device, how many
+heads pay. Nothing here is needed"""

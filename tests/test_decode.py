@@ -13,7 +13,6 @@ import torch
 import decode
 from decode import (
     Decoder,
-    acceptance,
     accepted_lengths,
     generate,
     probabilities,
@@ -28,6 +27,13 @@ RULES = ["residual", "point", "match"]
 
 
 LLAMA = dict(n_kv_head=1, swiglu=6, rope_base=50.0, norm_eps=0.01)  # as pretrained models have
+
+
+def acceptance(model, tokens):
+    """tokens (B, T) of some text -> (AR, CAR), as train.evaluate has them"""
+    choices = [logits.argmax(-1) for logits in model.all_logits(tokens)]
+    lengths = accepted_lengths(choices).flatten()
+    return rates(torch.bincount(lengths, minlength=model.config.n_mtp + 1).tolist())
 
 
 def make_model(vocab=5, block=12, K=3, layers=1, seed=0, heads=1, **options):

@@ -520,8 +520,6 @@ def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("change,message", [
     ({"optimizer": {"state": {}, "param_groups": []}}, "no optimizer state"),
     ({"optimizer": {}}, "no optimizer state"),
-    ({"train_config": {"clip_apart": True}}, "--clip_apart True"),
-    ({"train_config": {"kl_grad": "heads"}}, "--kl_grad heads"),
 ])
 def test_what_can_not_be_resumed_exactly(data, tmp_path, monkeypatch, change, message):
     fit(config(data, tmp_path, steps=2))
