@@ -4,6 +4,7 @@ decode.py: speculative decoding with the model's own MTP heads. The output is th
     python decode.py out/tiny/ckpt.pt --prompt "Once upon a time" --tokens 100
     python decode.py out/tiny/ckpt.pt --trace          color each token by the head that drafted it
     python decode.py out/tiny/ckpt.pt --heads 0        ordinary decoding, one token per forward pass
+    python decode.py out/tiny/ckpt.pt --heads auto     as many heads as pay, chosen between rounds
     python decode.py out/smollm2-4/ckpt.pt --chat "Name three primary colours."
     python decode.py -h                                every flag, its default and its meaning
 
