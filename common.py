@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError, printable
+from data.errors import UserError, printable, show
 from data.temporary import leftovers, temporary
 from model import GPT, GPTConfig
 
@@ -219,8 +219,8 @@ def keep_old(folder):
         old.unlink(missing_ok=True)            # of the generation before
         if path.exists():
             os.replace(path, old)
-    print(f"{printable(str(folder))} holds an earlier run; it is kept as ckpt.old.pt, with its "
-          "best.old.pt and log.old.jsonl")
+    show(f"{folder} holds an earlier run; it is kept as ckpt.old.pt, with its best.old.pt and "
+         "log.old.jsonl")
 
 
 # -----------------------------------------------------------------------------

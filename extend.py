@@ -34,6 +34,7 @@ import torch
 
 import train
 from common import UserError, check_entries, load_checkpoint, parse, pick_dtype, processes, run
+from data.errors import show
 from model import GPT
 
 
@@ -189,7 +190,7 @@ def main():
     m, n = plan["from_heads"], model.config.n_mtp
     if rank == 0:
         source = f"copied from heads {plan['copied_from'][m:]}" if m else "random"
-        print(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
+        show(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
 
     # evaluate the copy, train the new heads
     if rank == 0 and "before" not in plan:
@@ -198,7 +199,7 @@ def main():
     after = train.train(model, cfg, *data, state)
     if rank == 0:
         print(comparison(plan["before"], after, m, data_meta))
-        print(f"checkpoint {cfg.out}/ckpt.pt")
+        show(f"checkpoint {cfg.out}/ckpt.pt")
         if rest["json"]:
             print(json.dumps(dict(before=plan["before"], after=after)))
     if world > 1:

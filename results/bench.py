@@ -36,7 +36,7 @@ import train  # noqa: E402
 from common import (  # noqa: E402
     DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
 )
-from data.errors import printable  # noqa: E402
+from data.errors import show  # noqa: E402
 from data.reader import read_prompts  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -260,8 +260,7 @@ def bench_checkpoints(checkpoints, cfg):
     result = []
     for path, model, _, _ in checkpoints:
         if model.config.n_mtp == 0:
-            name = printable(str(path))
-            print(f"{name} has no MTP heads: decoding without drafts, one token per forward")
+            show(f"{path} has no MTP heads: decoding without drafts, one token per forward")
         for temperature in (0.0, 1.0):
             try:
                 rows = bench_decoding(model, prompts, cfg, temperature)
@@ -521,8 +520,8 @@ def print_decoding(name, rows):
     excluded = f"{first['looping']} of {groups} were excluded for repetitive output"
     if first["looping"] == groups:
         excluded = "all have repetitive output, so that the speeds say little"
-    print(f"\n{printable(str(name))}, temperature {first['temperature']}, batch {first['batch']}, "
-          f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
+    show(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}, "
+         f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
     widths = [int(form.split(".")[0].rstrip("d")) for _, _, form in COLUMNS]
     print(" ".join(title.rjust(width) for (title, _, _), width in zip(COLUMNS, widths)))
     for row in rows:
