@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError, printable
+from data.errors import UserError, printable, show
 from data.temporary import leftovers, temporary
 from model import GPT, GPTConfig
 
@@ -25,9 +24,9 @@ from model import GPT, GPTConfig
 # flags
 
 
-def flag(default, help, min=0, max=math.inf, choices=()):
+def flag(default, help, min=0, max=1e18, choices=()):
     """a field of a config dataclass that is a command-line flag: what it means and may be (min and
-    max are for numbers)"""
+    max are for numbers; PyTorch counts to 9.2e18)"""
     limits = (min, max, choices)
     return dataclasses.field(default=default, metadata=dict(help=help, limits=limits))
 
@@ -79,7 +78,7 @@ def check_flags(cfg):
         elif isinstance(value, str):
             continue
         else:
-            good = low <= value <= high and math.isfinite(value)
+            good = low <= value <= high        # never true of nan
             expected = f"a finite number in [{low}, {high}]"
         if not good:
             raise UserError(f"--{field.name} is {value!r}; it must be {expected}")
@@ -219,8 +218,8 @@ def keep_old(folder):
         old.unlink(missing_ok=True)            # of the generation before
         if path.exists():
             os.replace(path, old)
-    print(f"{printable(str(folder))} holds an earlier run; it is kept as ckpt.old.pt, with its "
-          "best.old.pt and log.old.jsonl")
+    show(f"{folder} holds an earlier run; it is kept as ckpt.old.pt, with its best.old.pt and "
+         "log.old.jsonl")
 
 
 # -----------------------------------------------------------------------------
@@ -298,11 +297,11 @@ def run(main):
         if rank != "0" and not torch.distributed.is_initialized():
             sys.exit(1)
         sys.exit(f"{script}: {printable(str(error), sys.stderr)}")
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says it in words
+    except (MemoryError, RuntimeError) as error:  # PyTorch's is the latter; a CPU says it in words
         text = one_line(error)
         if "RANK" in os.environ and any(sign in text for sign in LOST_CONNECTION):
             sys.exit(f"{script}: rank {rank} stopped, because another process did")
-        if "OutOfMemoryError" not in text and "allocate memory" not in text:
+        if "MemoryError" not in text and "allocate memory" not in text:
             raise
         sys.exit(f"out of memory ({text}): lower --micro_batch (the result stays the "
                  "same, but for dropout), --block_size or the model's size")

@@ -45,7 +45,7 @@ from common import (
     DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, parse, pick_device,
     pick_dtype, run,
 )
-from data.errors import printable
+from data.errors import show
 from data.prepare import Tokenizer
 from model import Cache
 
@@ -618,7 +618,7 @@ def stream(tokenizer):
         nonlocal shown
         # half a character waits for its other half
         text = tokenizer.decode(decoder.tokens_from(0, 0)).rstrip("\ufffd")
-        print(printable(text[len(shown) :]), end="", flush=True)
+        show(text[len(shown) :], end="", flush=True)
         shown = text
 
     return watch
@@ -751,7 +751,7 @@ def main():
     )
     text = tokenizer.decode(ids)
     if rest["trace"]:
-        print("\n" + printable(tokenizer.decode(prompt) + text))
+        show("\n" + tokenizer.decode(prompt) + text)
     if cfg.svg:
         Path(cfg.svg).write_text(svg(rounds), encoding="utf-8")
     T = model.config.block_size

@@ -34,6 +34,7 @@ import torch
 
 import train
 from common import UserError, check_entries, load_checkpoint, parse, pick_dtype, processes, run
+from data.errors import show
 from model import GPT
 
 
@@ -155,14 +156,14 @@ def resume(path, given, heads):
     return train.resume(path, given, "extend.py")
 
 
-def comparison(before, after, m, meta):
-    """the tables of the copied and of the trained heads, and what both bring, as text"""
+def comparison(before, after, m, steps, meta):
+    """the tables before and after training, and what the new heads bring, as text"""
     first = 1 + sum(before["car"][:m])
-    return (f"copied:\n{train.table(before, meta)}\n\n"
-            f"trained (heads 1 to {m} are frozen):\n{train.table(after, meta)}\n\n"
+    return (f"before training:\n{train.table(before, meta)}\n\n"
+            f"after {steps} steps (heads 1 to {m} are frozen):\n{train.table(after, meta)}\n\n"
             f"tokens per forward: {first:.2f} with {m} heads, "
-            f"{before['tokens_per_forward']:.2f} copied, "
-            f"{after['tokens_per_forward']:.2f} trained")
+            f"{before['tokens_per_forward']:.2f} before training, "
+            f"{after['tokens_per_forward']:.2f} after {steps} steps")
 
 
 def main():
@@ -189,7 +190,7 @@ def main():
     m, n = plan["from_heads"], model.config.n_mtp
     if rank == 0:
         source = f"copied from heads {plan['copied_from'][m:]}" if m else "random"
-        print(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
+        show(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
 
     # evaluate the copy, train the new heads
     if rank == 0 and "before" not in plan:
@@ -197,8 +198,8 @@ def main():
     freeze_all_but(model, range(m, n))
     after = train.train(model, cfg, *data, state)
     if rank == 0:
-        print(comparison(plan["before"], after, m, data_meta))
-        print(f"checkpoint {cfg.out}/ckpt.pt")
+        print(comparison(plan["before"], after, m, cfg.steps, data_meta))
+        show(f"checkpoint {cfg.out}/ckpt.pt")
         if rest["json"]:
             print(json.dumps(dict(before=plan["before"], after=after)))
     if world > 1:

@@ -36,7 +36,7 @@ from common import (
     keep_old, load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run,
     save_checkpoint, start_log,
 )
-from data.errors import printable
+from data.errors import show
 from data.prepare import Tokenizer, find_dataset, load_dataset
 from model import GPT, GPTConfig
 
@@ -680,19 +680,19 @@ def main():
     if rank == 0:
         counts = model.count_parameters().items()
         parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts)
-        print(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}, writing to "
-              f"{cfg.out}\nparameters: {parts}\ndata: {len(train_ids):,} train and "
-              f"{len(val_ids):,} val tokens of {meta['source']}")
+        show(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}, writing to "
+             f"{cfg.out}\nparameters: {parts}\ndata: {len(train_ids):,} train and "
+             f"{len(val_ids):,} val tokens of {meta['source']}")
 
     # train, and show what came of it
     result = train(model, cfg, train_ids, val_ids, meta, state)
     if rank == 0:
-        print(f"\ncheckpoint {cfg.out}/ckpt.pt (--resume it with a larger --steps to train on)\n\n"
-              f"{table(result, meta)}")
+        show(f"\ncheckpoint {cfg.out}/ckpt.pt (--resume it with a larger --steps to train on)\n\n"
+             f"{table(result, meta)}")
         if cfg.block_size > 1:     # else no room is left for a prompt and its continuation
-            print(printable(sample(model.eval(), val_ids, meta)))
+            show(sample(model.eval(), val_ids, meta))
         if cfg.n_mtp:
-            print(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
+            show(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
         if rest["json"]:
             print(json.dumps(result))
     if world > 1:

@@ -27,3 +27,8 @@ def printable(text, stream=None):
     if stream is None or not stream.isatty():  # None: pythonw has no output
         return text
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def show(text, **options):
+    """print() for text of unknown origin."""
+    print(printable(text), **options)

@@ -46,7 +46,7 @@ if not __package__:  # run as a script: make the package of this file importable
 
 from data.dataset import FILES, META_KEYS, load_dataset  # noqa: F401 (for other scripts)
 from data.download import FINEWEB_SHARDS, GPT2_EOT, fetch_fineweb, fetch_shakespeare, read_shard
-from data.errors import UserError, printable
+from data.errors import UserError, printable, show
 from data.reader import EOT_TEXT, check_path, read_documents, text_files
 from data.temporary import leftovers, temporary
 from data.tokenizer import SECTION, Tokenizer, bpe_spec, parse_tokenizer, train_bpe
@@ -434,10 +434,9 @@ def prepare(source="stories", tokenizer=None, out=None, shards=1, sample_mb=2.0,
 
 
 def print_summary(meta, out):
-    print(f"{printable(str(out))}: {meta['documents']:,} documents "
-          f"({meta['val_documents']:,} for validation), "
-          f"{meta['skipped_files']:,} files skipped as not UTF-8, "
-          f"vocabulary {meta['vocab_size']:,}")
+    show(f"{out}: {meta['documents']:,} documents ({meta['val_documents']:,} for validation), "
+         f"{meta['skipped_files']:,} files skipped as not UTF-8, "
+         f"vocabulary {meta['vocab_size']:,}")
     if meta["split"] == "by position":
         print("  split by position, the last 10 % are for validation: the documents are too few or "
               "too unequal for a split by document")

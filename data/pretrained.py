@@ -29,7 +29,7 @@ if not __package__:  # run as a script: make the project importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import keep_old, run, save_checkpoint
-from data.errors import UserError
+from data.errors import UserError, show
 from data.tokenizer import Tokenizer
 from data.weights import Gguf, read_safetensors
 from model import GPT, GPTConfig
@@ -373,8 +373,8 @@ def main():
     train_config["block_size"] = min(PRESET["block_size"], model.config.block_size)
     save_checkpoint(out / "ckpt.pt", model, tokenizer=spec, step=0, train_config=train_config,
                     source=path.name, source_sha256=digest)
-    print(f"{path.name}: {model.config}")
-    print(f"{model.count_parameters()['total']:,} parameters; checkpoint {out / 'ckpt.pt'}")
+    show(f"{path.name}: {model.config}")
+    show(f"{model.count_parameters()['total']:,} parameters; checkpoint {out / 'ckpt.pt'}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ if not __package__:  # run as a script: make the project importable
 
 import decode
 from common import UserError, check_flags, flag, parse, run
+from data.errors import show
 from data.prepare import find_dataset, load_dataset, system_errors
 from data.reader import read_prompts
 from data.temporary import leftovers, temporary
@@ -185,8 +186,8 @@ def write_dataset(path, cfg):
         os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"{out}: {count['documents']:,} rows, {count['train_tokens']:,} tokens for training and "
-          f"{count['val_tokens']:,} for validation; sha256 {count['sha256']}")
+    show(f"{out}: {count['documents']:,} rows, {count['train_tokens']:,} tokens for training and "
+         f"{count['val_tokens']:,} for validation; sha256 {count['sha256']}")
 
 
 def main():

@@ -38,7 +38,7 @@ import train  # noqa: E402
 from common import (  # noqa: E402
     DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
 )
-from data.errors import printable  # noqa: E402
+from data.errors import show  # noqa: E402
 from data.reader import read_prompt_rows  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -287,8 +287,7 @@ def bench_checkpoints(checkpoints, cfg):
     result = []
     for path, model, _, _ in checkpoints:
         if model.config.n_mtp == 0:
-            name = printable(str(path))
-            print(f"{name} has no MTP heads: decoding without drafts, one token per forward")
+            show(f"{path} has no MTP heads: decoding without drafts, one token per forward")
         for temperature in (0.0, 1.0):
             try:
                 rows = bench_decoding(model, prompts, cfg, temperature, kinds)
@@ -584,8 +583,8 @@ def print_decoding(name, rows):
     excluded = f"{first['looping']} of {groups} were excluded for repetitive output"
     if first["looping"] == groups:
         excluded = "all have repetitive output, so that the speeds say little"
-    print(f"\n{printable(str(name))}, temperature {first['temperature']}, batch {first['batch']}, "
-          f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
+    show(f"\n{name}, temperature {first['temperature']}, batch {first['batch']}, "
+         f"{rows[-1]['decoder']}\n{groups} prompts (or batches of prompts): {excluded}")
     widths = [int(form.split(".")[0].lstrip(">")) for _, _, form in COLUMNS]
     print(" ".join(title.rjust(width) for (title, _, _), width in zip(COLUMNS, widths)))
     for row in rows:
@@ -605,9 +604,8 @@ def print_kinds(rows):
     for row in rows:
         if row["heads"]:
             ars = " ".join(f"{x:.3f}" for x in row["ars"] or [])
-            print(f"{printable(row['kind']):>12} {row['prompts']:7} {row['looping']:8} "
-                  f"{row['heads']:>5} {row['tokens_per_forward']:8.2f} {row['speedup']:9.2f}  "
-                  f"{ars}", flush=True)
+            show(f"{row['kind']:>12} {row['prompts']:7} {row['looping']:8} {row['heads']:>5} "
+                 f"{row['tokens_per_forward']:8.2f} {row['speedup']:9.2f}  {ars}", flush=True)
 
 
 # -----------------------------------------------------------------------------

@@ -35,7 +35,8 @@ class Config:
     ("rate", 1.1, r"--rate is 1.1; it must be a finite number in \[0, 1\]$"),
     ("rate", -0.1, "--rate"), ("rate", float("nan"), "--rate is nan; it must be a finite number"),
     ("decay", 1.0, r"--decay is 1.0; .* in \[0, 0.99\]"), ("any", -0.1, "--any"),
-    ("count", 0, r"--count is 0; .* in \[1, inf\]"),
+    ("count", 0, r"--count is 0; .* in \[1, 1e\+18\]"),
+    ("count", 10**23, "--count is 1.*; it must be a finite number"),
     ("kind", "c", "--kind is 'c'; it must be one of a, b"),
     ("any", float("inf"), "--any is inf; it must be a finite number"),
 ])

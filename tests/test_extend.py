@@ -169,7 +169,9 @@ def test_no_steps_is_only_the_copy(base, tmp_path, monkeypatch, capsys):
     assert meta["step"] == 0 and meta["tokenizer"] == first["tokenizer"]
     assert "[1, 2, 1]" in out and "heads 1 to 2 are frozen" in out
     car = result["before"]["car"]
-    assert f"{1 + sum(car[:2]):.2f} with 2 heads, {1 + sum(car):.2f} copied" in out
+    now = f"{1 + sum(car):.2f}"
+    assert f"{1 + sum(car[:2]):.2f} with 2 heads, {now} before training, {now} after 0 steps" in out
+    assert "trained" not in out
     assert out.count("token +6") == 2  # two tables of 5 heads
 
 

@@ -8,6 +8,7 @@ import torch
 
 import common
 import decode
+import extend
 import train
 from data import prepare as P
 from data.errors import UserError, printable
@@ -58,6 +59,25 @@ def test_names_in_what_prepare_prints(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             P.main()
         assert stop.value.code == f"prepare.py: {shown} is damaged"
+
+
+def test_names_in_what_the_scripts_print(tmp_path, monkeypatch):
+    (tmp_path / "a\x1b]0;b\x07.txt").write_text("some text " * 40, encoding="utf-8")
+    data = P.prepare(tmp_path / "a\x1b]0;b\x07.txt", "bytes", tmp_path / "data", quiet=True)
+    flags = ["--steps", "1", "--eval_windows", "1", "--data", str(data), "--device", "cpu"]
+    size = ["--preset", "tiny", "--n_layer", "1", "--n_head", "1", "--n_embd", "16",
+            "--block_size", "16"]
+    first = tmp_path / "\x1b[2Jout"
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # the bar's
+    for script, argv, shown in (
+        (train, [*size, "--out", str(first)], (r"a\x1b]0;b\x07.txt", r"\x1b[2Jout/ckpt.pt")),
+        (extend, [str(first / "ckpt.pt"), "--heads", "5"], (r"\x1b[2Jout-5/ckpt.pt",)),
+    ):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *argv, *flags])
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        script.main()
+        assert "\x1b" not in sys.stdout.getvalue()
+        assert all(name in sys.stdout.getvalue() for name in shown)
 
 
 @pytest.fixture

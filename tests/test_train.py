@@ -640,7 +640,7 @@ DDP = {"steps": 3, "alpha": "0.3,0", "beta": "0.5,0"}
 def test_an_error_on_one_of_two_processes_is_shown_once(failing_processes):
     process, _ = failing_processes
     text = process.communicate()[0]
-    assert process.returncode == 1 and text.count("the loss is nan at step 3") == 1, text
+    assert process.returncode == 1 and text.count("the loss is nan at step") == 1, text
     assert "Traceback" not in text, text[-6000:]
     assert "rank 1 stopped, because another process did" in text
 
@@ -678,7 +678,7 @@ def two_processes(data, tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def failing_processes(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("failing")
-    with launch(data, out, lr=1e200, steps=9) as process:
+    with launch(data, out, lr=1e18, steps=9) as process:
         yield process, out
         process.kill()
 
