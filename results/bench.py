@@ -153,7 +153,7 @@ def pick_prompts(checkpoint, cfg, context):
     room = max(context - cfg.tokens, context // 2)
     if cfg.prompts:
         texts = read_prompts(cfg.prompts)[: cfg.count]
-        return [checkpoint.tokenizer.encode(text)[:room] for text in texts]
+        return [ids[:room] for ids in checkpoint.tokenizer.encode_batch(texts)]
     train_cfg = train.stored_config(checkpoint.meta)
     if cfg.data:
         train_cfg = dataclasses.replace(train_cfg, data=cfg.data, tokenizer="")
