@@ -246,8 +246,8 @@ def load_checkpoint(path, device="cpu"):
         if config.n_layer + config.n_mtp > len(weights) or config.block_size > 2**24:
             raise ValueError(f"{len(weights)} tensors can't be those of {config}")
         for name, weight in weights.items():
-            if not weight.isfinite().all():
-                raise ValueError(f"{name} has values that are not finite")
+            if not (weight.is_contiguous() and weight.isfinite().all()):
+                raise ValueError(f"{name} has values that are not finite, or not contiguous")
         # of shapes alone: they are compared before anything is allocated, and a weight that is not
         # loaded can't go unnoticed
         with torch.device("meta"):

@@ -323,7 +323,7 @@ def check_moments(model, groups, moments):
     for i, own in moments.items():
         own = own if isinstance(own, dict) else {}
         parts = [own.get(name) for name in ("step", "exp_avg", "exp_avg_sq")]
-        found[i] = [part.shape if torch.is_tensor(part) else None for part in parts]
+        found[i] = [torch.is_tensor(p) and p.is_contiguous() and p.shape for p in parts]
     if found != shapes:
         raise UserError("the checkpoint's optimizer state is not that of its model, so that "
                         "training can't continue exactly; resume another one, or train anew")
@@ -622,8 +622,8 @@ def check_data(path, cfg, meta, state, same_text=True):
     before = state.get("data_sha256", meta["sha256"])
     if same_text and before != meta["sha256"]:
         raise UserError(f"{cfg.data} is another text (sha256 {meta['sha256'][:12]}) than {path} "
-                        f"was trained on ({before[:12]}): give --data with that one, or train anew "
-                        "without --resume")
+                        f"was trained on ({before!s:.12}): give --data with that one, or train "
+                        "anew without --resume")
 
 
 def join_processes(cfg):

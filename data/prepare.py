@@ -287,10 +287,14 @@ def check_arguments(source, tokenizer, shards, sample_mb, val):
         if not source:
             raise UserError(f"the source is empty: expected {', '.join(DEFAULT_TOKENIZER)} or the "
                             "path of a text")
-        if not os.path.lexists(source):
+        try:
+            os.lstat(source)  # lexists would also be False where it may not be read
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             raise UserError(f"{source!r} is neither a known source nor an existing file or "
                             f"folder: expected {', '.join(DEFAULT_TOKENIZER)} or the path of a "
-                            "text")
+                            "text") from None
+        except OSError as error:
+            raise UserError(f"can't read {source} ({error.strerror})") from None
         check_path(Path(source))
     if val is not None:
         if not str(val):  # Path("") is the current folder

@@ -86,7 +86,7 @@ def prompt_source(name, tokenizer, meta, length, rng):
     elif name.startswith("chat:"):
         prompts = [tokenizer.encode_chat(text) for text in read_prompts(name.removeprefix("chat:"))]
     else:
-        prompts = [tokenizer.encode(text)[:size] for text in read_prompts(name)]
+        prompts = [ids[:size] for ids in tokenizer.encode_batch(read_prompts(name))]
     prompts = [prompt for prompt in prompts if 0 < len(prompt) <= length // 2]
     if not prompts:
         raise UserError(f"{name} has no prompt of at most {length // 2} tokens (half a row): give "

@@ -79,14 +79,17 @@ class Tokenizer:
         return load_gpt2() if self.spec["kind"] == "gpt2" else None
 
     def encode(self, text):
-        """Ids of a string, never the end-of-text id. Raises ValueError for text that UTF-8 can't
+        """Ids of a string, never the end-of-text id. Raises UserError for text that UTF-8 can't
         hold."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
         """The same for a list of strings, in threads: a list of lists of ids."""
-        # fails for half a surrogate pair, which tiktoken would replace
-        data = [text.encode("utf-8") for text in texts]
+        try:  # half a surrogate pair, which tiktoken would replace: of bytes in a command line
+            data = [text.encode("utf-8") for text in texts]
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text can't be UTF-8 ({error}); type or save it again as "
+                            "UTF-8") from None
         if self.engine is None:
             return [list(text) for text in data]
         threads = min(16, os.cpu_count() or 1)

@@ -166,7 +166,7 @@ def pick_prompts(checkpoint, cfg, context):
     room = max(context - cfg.tokens, context // 2)
     if cfg.prompts:
         rows = read_prompt_rows(cfg.prompts)[: cfg.count]
-        prompts = [encode(checkpoint.tokenizer, text, row.get("chat"), room) for text, row in rows]
+        prompts = encode(checkpoint.tokenizer, rows, room)
         return prompts, [str(row.get("kind", "")) for _, row in rows]
     train_cfg = train.stored_config(checkpoint.meta)
     if cfg.data:
@@ -178,16 +178,19 @@ def pick_prompts(checkpoint, cfg, context):
     return [val_ids[start : start + n].tolist() for start in starts], [""] * cfg.count
 
 
-def encode(tokenizer, text, chat, room):
-    """the first ids of a text, at most `room`; chat: the text as a message in the chat template,
-    shortened until all fits"""
-    if not chat:
-        return tokenizer.encode(text)[:room]
-    ids = tokenizer.encode_chat(text)
-    while len(ids) > room and text:
-        text = text[: len(text) - len(ids) + room]        # a token is a character or more
+def encode(tokenizer, rows, room):
+    """[(text, row of the file)] -> the first ids of each text, at most `room`; where the row says
+    "chat": true, it is a message in the chat template, shortened until all fits"""
+    prompts = [ids[:room] for ids in tokenizer.encode_batch([text for text, _ in rows])]
+    for i, (text, row) in enumerate(rows):
+        if not row.get("chat"):
+            continue
         ids = tokenizer.encode_chat(text)
-    return ids[:room]
+        while len(ids) > room and text:
+            text = text[: len(text) - len(ids) + room]    # a token is a character or more
+            ids = tokenizer.encode_chat(text)
+        prompts[i] = ids[:room]
+    return prompts
 
 
 def make_decoder(model, prompts, cfg, heads, batch=1, temperature=0.0, generator=None):

@@ -148,6 +148,9 @@ def set_weight(raw, weight):
 @pytest.mark.parametrize("change, message", [
     (lambda raw: raw["model"]["norm.weight"].fill_(math.nan), "norm.weight .* not finite"),
     (lambda raw: raw["model"]["norm.weight"][2:3].fill_(math.inf), "norm.weight .* not finite"),
+    # one number that stands for all: an optimizer would write past its end
+    (lambda raw: set_weight(raw, torch.ones(1).expand(8)), "norm.weight .* not contiguous"),
+    (lambda raw: set_weight(raw, torch.ones(8).to_sparse()), "norm.weight .* not contiguous"),
     (lambda raw: set_weight(raw, torch.ones(8, dtype=torch.int8)), "norm.weight.*floating point"),
     # structure: nothing is allocated for a config that doesn't fit its weights
     (lambda raw: raw["config"].update(n_experts=4), "n_experts.*another version"),

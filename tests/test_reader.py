@@ -99,6 +99,10 @@ def test_paths_that_can_not_be_read(tmp_path, monkeypatch):
 
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
+    with monkeypatch.context() as patch:  # a folder on the way may not be entered
+        patch.setattr(os, "lstat", refuse)
+        with pytest.raises(UserError, match=r"can't read .*a.txt .Permission denied"):
+            P.check_arguments(str(tmp_path / "in/a.txt"), "bytes", 1, 2.0, None)
     monkeypatch.setitem(P.read_documents.__globals__, "open", refuse)
     with pytest.raises(UserError, match=r"can't read .*a.txt .Permission denied"):
         P.prepare(tmp_path / "in", "bytes", tmp_path / "out", quiet=True)

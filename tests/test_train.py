@@ -595,6 +595,9 @@ def test_two_processes_equal_one(two_processes, data, tmp_path):
     (lambda meta: meta["optimizer"]["state"][1].pop("exp_avg_sq"), "optimizer state"),
     (lambda meta: meta["optimizer"]["state"].pop(2), "optimizer state"),
     (lambda meta: meta["optimizer"]["state"][0].update(step=3), "optimizer state"),
+    (lambda meta: meta["optimizer"]["state"][0].update(  # one number, as a whole matrix
+        exp_avg=torch.zeros(1).expand(meta["optimizer"]["state"][0]["exp_avg"].shape)),
+     "optimizer state"),
     (lambda meta: meta.update(optimizer=None), "no optimizer state"),
     (lambda meta: meta.pop("tokenizer"), "no tokenizer"),
     (lambda meta: meta.update(train_config=[1]), "no train_config"),
