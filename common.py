@@ -226,6 +226,16 @@ def keep_old(folder):
 # reading a checkpoint
 
 
+class NoInitialValues(torch.overrides.TorchFunctionMode):
+    """for tensors on the device meta, which have none: the first random function there would import
+    800 modules, which takes a second"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def load_checkpoint(path, device="cpu"):
     """a checkpoint's file, or the folder of its ckpt.pt
     -> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..)"""
@@ -250,7 +260,7 @@ def load_checkpoint(path, device="cpu"):
                 raise ValueError(f"{name} has values that are not finite, or not contiguous")
         # of shapes alone: they are compared before anything is allocated, and a weight that is not
         # loaded can't go unnoticed
-        with torch.device("meta"):
+        with torch.device("meta"), NoInitialValues():
             model = GPT(config)
         model.load_state_dict(weights, assign=True)
         model.to(weights["embed.weight"].dtype)
@@ -292,6 +302,9 @@ def run(main):
         trains = script in ("train.py", "extend.py")
         advice = "; training continues from its last checkpoint with --resume OUT/ckpt.pt"
         sys.exit("\ninterrupted" + (advice if trains else ""))
+    except BrokenPipeError:                    # `.. | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         # until the processes are connected, all of them find the same error: rank 0 shows it
         if rank != "0" and not torch.distributed.is_initialized():

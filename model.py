@@ -264,6 +264,8 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=std)
 
     def _set_rope(self):
+        if self.weight.is_meta:      # load_checkpoint moves it later
+            return
         # n_mtp + 1 positions past block_size: a draft may overshoot the end before it is cut
         config = self.config
         length = config.block_size + config.n_mtp + 1

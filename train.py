@@ -591,6 +591,9 @@ def resume(path, given, writer="train.py"):
         raise UserError(f"{path} was written by {wrote}: resume it with "
                         f"`python {wrote} --resume {path}`")
     stored = stored_config(state)
+    if state["step"] < 0 or stored.block_size > model.config.block_size:
+        raise UserError(f"{path} says step {state['step']} and block_size {stored.block_size}, "
+                        "which do not fit its model; resume another checkpoint, or train anew")
     fixed = {**dataclasses.asdict(model.config), "preset": stored.preset,
              "tokenizer": stored.tokenizer}
     for name, value in given.items():

@@ -122,6 +122,28 @@ def test_no_flipped_byte_changes_a_weight_unnoticed(saved):
     assert noticed > 50
 
 
+def test_loading_draws_no_initial_weights(saved, monkeypatch):
+    """on the device meta, the first random function would import 800 modules"""
+    def fail(*args, **kwargs):
+        raise AssertionError("normal_ was called")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", fail)
+    common.load_checkpoint(saved)
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    """as `python decode.py .. | head -1`"""
+    script = tmp_path / "many.py"
+    script.write_text("import common\ncommon.run(lambda: [print('x' * 999) for _ in range(9999)])\n",
+                      encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(Path(common.__file__).parent)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=env) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
+
+
 def test_a_folder_stands_for_its_checkpoint(saved):
     os.replace(saved, saved.with_name("ckpt.pt"))
     assert common.load_checkpoint(saved.parent)[0].config.n_embd > 0

@@ -520,6 +520,7 @@ def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("change,message", [
     ({"optimizer": {"state": {}, "param_groups": []}}, "no optimizer state"),
     ({"optimizer": {}}, "no optimizer state"),
+    ({"step": -1}, "step -1"), ({"train_config": {"block_size": 17}}, "block_size 17"),
 ])
 def test_what_can_not_be_resumed_exactly(data, tmp_path, monkeypatch, change, message):
     fit(config(data, tmp_path, steps=2))
