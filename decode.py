@@ -207,7 +207,8 @@ RULES = {"residual": residual, "point": point, "match": match}
 def accepted_lengths(choices):
     """the argmax tokens of all_logits, entry k (B, T-k) -> how many drafts a round at each position
     would accept, (B, T-K): head k's draft counts if it equals the main head's choice k positions
-    on, and those of heads 1 .. k-1 count, too. All read the given text (teacher-forced)"""
+    on, and those of heads 1 .. k-1 count, too. All read the given text (teacher-forced). With K = 0
+    all are 0"""
     K = len(choices) - 1
     n = choices[0].size(1) - K
     ok = [choices[k][:, :n] == choices[0][:, k : k + n] for k in range(K + 1)]
@@ -216,7 +217,8 @@ def accepted_lengths(choices):
 
 def rates(histogram):
     """how often 0 .. K drafts were accepted -> AR_k (of head k, given that heads 1..k-1 were
-    accepted) and CAR_k (of heads 1..k together), k = 1..K. Tokens per forward = 1 + sum of CAR"""
+    accepted) and CAR_k (of heads 1..k together), k = 1..K. A rate of no rounds (0/0) is 0. Tokens
+    per forward = 1 + sum of CAR"""
     reached = [sum(histogram[k:]) for k in range(len(histogram))]
     ar = [after / max(1, before) for before, after in zip(reached, reached[1:])]
     car = [after / max(1, reached[0]) for after in reached[1:]]

@@ -68,7 +68,8 @@ def topn_divergence(student, teacher, n, kl="forward", detach_teacher=True):
     """
     the self-distillation term: student (.., C, V) and teacher (C, V), both logits -> (.., C), nats
 
-    n               how many of the teacher's largest logits count: 1 gives exactly 0, V all of them
+    n               how many of the teacher's largest logits count: 1 gives exactly 0, V all of
+                    them; of several that equal the n-th largest, any
     kl              a name in DIVERGENCES
     detach_teacher  the stop-gradient sg(Q~); the paper's ablation turns it off
     """
@@ -91,9 +92,10 @@ def mtp_d_loss(logits, targets, alpha, beta, top_n, kl="forward", detach_teacher
     logits   (K+1, C, V): row 0 the main head's, row k head k's;  targets (C,)
     alpha    (K+1,) weights of the cross-entropies, the main head's first (1 in the formula above;
              mtp_loss passes less, for it adds the first K targets itself)
-    beta     (K,) weights of the KL terms
+    beta     (K,) weights of the KL terms; both may be a plain number, one for all
     top_n    N of the TopN, a count; 0 leaves the KL out (plain MTP)
-    -> (loss, CE per head (K+1,), KL per head (K,)), means over the targets, in nats
+    -> (loss, CE per head (K+1,), KL per head (K,)), means over the targets, in nats. CE and KL are
+    detached, unweighted, and there whatever the weights are
     """
     K = len(logits) - 1
     rows = to_float32(logits).flatten(0, 1)                     # ((K+1) C, V)
@@ -186,8 +188,10 @@ def cross_entropy(hidden, weight, targets):
 
 
 def aligned(hidden, targets, heads):
-    """the rows of the table above for R of the heads, without its first K columns, which have gaps:
-    column j of row k is h^k_{j-k} -> hidden states (R, C, d), their targets (C,)"""
+    """the rows of the table above for R of the heads, in the order of `heads`, without its first K
+    columns, which have gaps: column j of row k is h^k_{j-k} -> hidden states (R, C, d), their
+    targets (C,). The columns of one window (T targets) follow those of the window before, so that C
+    = B (T-K); a ValueError if T <= K"""
     K = len(hidden) - 1
     T = targets.size(1)
     if T <= K:

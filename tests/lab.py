@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = "left out:"  # so begins what a function raises that a hand-out empties beside the answer
+PLAIN_FORM = r"^ *# in plain PyTorch:\n( *#  .*\n)+"  # above a kernel of fast/loss.py
 
 
 class Exercise(NamedTuple):
@@ -32,13 +34,13 @@ class Exercise(NamedTuple):
     functions: list = []  # file::function, emptied by `start`
     needs: list = []      # exercises whose functions the tests of this one call
     tests: list = []      # beside those named test_N_.. in test_exercises.py
-    twins: list = []      # what stands nearby and gives the answer away: a hand-out leaves it out
+    twins: list = []      # functions and files that give the answer away: a hand-out lacks them
 
 
 CORE = [1, 2, 3, 4, 5, 6, 7]
 EXERCISES = {
     1: Exercise("who sees what: the causal mask", 45, ["model.py::Attention.forward"],
-                twins=["tests/test_model.py::ref_block"]),
+                twins=["tests/test_model.py::ref_block", "tests/test_pretrained.py::llama"]),
     2: Exercise("the cascade of heads", 40, ["model.py::GPT.cascade"],
                 twins=["tests/test_model.py::ref_logits", "tests/test_extend.py::cascade_by_hand"]),
     3: Exercise("the TopN divergence and the stop-gradient", 45, ["distill.py::topn_divergence"],
@@ -52,7 +54,10 @@ EXERCISES = {
                        "test_the_plain_loss_is_the_loss_of_logits_that_are_aligned"]),
     5: Exercise("acceptance: AR and CAR", 30, ["decode.py::accepted_lengths", "decode.py::rates"],
                 twins=["tests/test_decode.py::test_acceptance_equals_a_loop_over_positions",
-                       "tests/test_train.py::slow_evaluation"]),
+                       "tests/test_train.py::slow_evaluation", "results/bench.py::rates",
+                       "results/bench.py::accept_probs", "tests/test_bench.py",
+                       "tests/test_decode.py::"
+                       "test_the_benchs_acceptance_is_that_of_restricted_heads"]),
     6: Exercise("two simple accept rules", 30, ["decode.py::match", "decode.py::point"],
                 twins=["tests/test_decode.py::emits_from_p_after_a_fixed_draft"]),
     7: Exercise("the residual rule", 45, ["decode.py::residual"],
@@ -157,10 +162,10 @@ def bodies(root, number):
     return {f: get_body(read(root / file_of(f)), f) for f in functions}
 
 
-def empty_functions(root, number):
-    """those whose first statement still raises what `start` put there"""
-    found = bodies(root, number)
-    return [f for f in found if found[f].strip().startswith("raise NotImplementedError(")]
+def empty_functions(root, number, message=""):
+    """those whose first statement still raises what `start` or `handout` put there"""
+    begin = f'raise NotImplementedError("{message}'
+    return [f for f, body in bodies(root, number).items() if body.strip().startswith(begin)]
 
 
 # -----------------------------------------------------------------------------
@@ -177,14 +182,22 @@ def state(root, number):
     answers = read_answers(root)
     if not EXERCISES[number].functions:
         return "changes of your own"
+    if empty_functions(root, number, LEFT_OUT):
+        return "left out"
     if empty_functions(root, number):
         return "empty"
     changed = [f for f, body in bodies(root, number).items() if answers.get(f, body) != body]
     return "written" if changed else "original"
 
 
+def offered(root):
+    """the exercises, without those that this hand-out leaves out"""
+    return [n for n in EXERCISES if state(root, n) != "left out"]
+
+
 def show_list(root):
-    for number, exercise in EXERCISES.items():
+    for number in offered(root):
+        exercise = EXERCISES[number]
         goal = exercise.goal
         if exercise.needs:
             goal += f" (needs {', '.join(map(str, exercise.needs))})"
@@ -214,12 +227,14 @@ def solve(root, number):
     mine = bodies(root, number)
     answers = read_answers(root)
     known = [f for f in mine if answers.get(f)]
+    twins = [f for f in EXERCISES[number].twins if answers.get(f)]
+    twins = [f for f in twins if LEFT_OUT in get_body(read(root / file_of(f)), f)]
     if not known:
         stop(f"there is no answer of exercise {number} here: it was not started in this folder, or "
              "your teacher has the answers (a file that becomes .lab/answers.json)")
     kept = root / f".lab/exercise_{number}.txt"
     write(kept, "\n\n".join(f"# {f}\n{body}" for f, body in mine.items()))
-    for function in known:
+    for function in known + twins:
         path = root / file_of(function)
         write(path, set_body(read(path), function, answers[function]))
         print(f"the original is back: {function}")
@@ -243,7 +258,7 @@ def get_tests(root, number):
 
 
 def next_exercise(root, number):
-    after = [n for n in EXERCISES if n > number]
+    after = [n for n in offered(root) if n > number]
     following = [n for n in after if empty_functions(root, n)] or after
     if not following:
         return "that was the last exercise"
@@ -252,6 +267,22 @@ def next_exercise(root, number):
     if state(root, number) == "original":
         command = f" (python tests/lab.py start {number})"
     return f"next: exercise {number}, {EXERCISES[number].goal}{command}"
+
+
+def raised(root, number, output):
+    """by pytest's short traceback: a line on what the student's function raised, or nothing"""
+    frames = re.findall(r"^(\S+\.py):(\d+): in ", output, re.MULTILINE)
+    error = re.search(r"^E +(\w+)(?:: (.*))?$", output, re.MULTILINE)
+    mine = set()
+    for function in EXERCISES[number].functions:
+        node = find(read(root / file_of(function)), function)
+        lines = range(node.lineno, node.end_lineno + 1)
+        mine |= {(file_of(function), str(line)) for line in lines}
+    last = [frame for frame in frames if frame in mine][-1:]
+    # an assertion of a test's stand-in, called by the function, says what is wrong by itself
+    if not last or not error or error[1] == "AssertionError" and last != frames[-1:]:
+        return ""
+    return f"your code raised {error[1]} in {last[0][0]}, line {last[0][1]}: {error[2] or ''}\n"
 
 
 def check(root, number):
@@ -264,9 +295,10 @@ def check(root, number):
     tests = get_tests(root, number)
     if not tests:
         stop(f"exercise {number} has no tests of its own; tests/README.md says what to run")
-    command = [sys.executable, "-m", "pytest", "-x", "--tb=short", "-p", "no:cacheprovider", *tests]
+    options = ["-x", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace",
+        [sys.executable, "-m", "pytest", *options, *tests], cwd=root, capture_output=True,
+        text=True, encoding="utf-8", errors="replace",
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     if done.returncode == 0:
@@ -278,8 +310,8 @@ def check(root, number):
     other = re.search(r"NotImplementedError: exercise (\d+)", done.stdout)
     if other:
         look = f"a function of exercise {other[1]} is called, and is empty: write that one first"
-    print(f"exercise {number}: not yet. {name}\nlook at this: {look or 'the traceback below'}\n")
-    print(done.stdout + done.stderr)
+    print(f"exercise {number}: not yet. {name}\n{raised(root, number, done.stdout)}"
+          f"look at this: {look or 'the traceback below'}\n\n{done.stdout}{done.stderr}")
     return 1
 
 
@@ -288,15 +320,19 @@ def check(root, number):
 
 PATTERNS = ("*.*", "LICENSE", "data/*.*", "fast/*.py", "results/**/*.*", "tests/*.*")
 # these hold answers, or test the text that a hand-out changes
-LEFT_OUT = ("tests/solutions.py", "tests/mutations.py", "tests/test_mutations.py",
-            "tests/test_changes.py", "tests/test_lab.py", "tests/test_readme.py",
-            "tests/test_style.py")
+NOT_COPIED = ("tests/solutions.py", "tests/mutations.py", "tests/test_mutations.py",
+              "tests/test_changes.py", "tests/test_lab.py", "tests/test_readme.py",
+              "tests/test_style.py")
 
 
 def files_to_copy(root):
     paths = [path for pattern in PATTERNS for path in sorted(root.glob(pattern))]
     names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
-    return [n for n in names if n not in LEFT_OUT and not n.endswith((".git", ".pt", ".part"))]
+    return [n for n in names if n not in NOT_COPIED and not n.endswith((".git", ".pt", ".part"))]
+
+
+def twins_of(numbers):
+    return [twin for number in numbers for twin in EXERCISES[number].twins]
 
 
 def answer_lines(answers):
@@ -308,19 +344,14 @@ def answer_lines(answers):
 def holders(source, file, secret):
     """the functions that hold a line of the answers: file::name"""
     tree = parse(source, file)
-    functions = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            functions[node.name] = node
-        for child in getattr(node, "body", []):
-            if isinstance(node, ast.ClassDef) and isinstance(child, ast.FunctionDef):
-                functions[f"{node.name}.{child.name}"] = child
-    found = []
     lines = source.split("\n")
-    for name, node in functions.items():
-        code = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        if any(line in code for line in secret):
-            found.append(f"{file}::{name}")
+    found = []
+    for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
+        prefix = file + "::" + ("" if owner is tree else owner.name + ".")
+        for node in owner.body:
+            code = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            if isinstance(node, ast.FunctionDef) and any(line in code for line in secret):
+                found.append(prefix + node.name)
     return found
 
 
@@ -344,8 +375,9 @@ def without(source, file, names):
 
 
 def without_answers(text, secret):
-    """Markdown without what is folded, and without the code that holds a line of the answers"""
+    """Markdown without what is folded, what is for teachers, and code with a line of the answers"""
     text = re.sub(r"<details>.*?</details>\n?", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!-- teachers -->.*?<!-- /teachers -->\s*", "", text, flags=re.DOTALL)
 
     def block(match):
         told = any(line in match[0] for line in secret)
@@ -357,25 +389,27 @@ def without_answers(text, secret):
 def hand_out_sources(root, numbers, names):
     """-> {file: text} of Python and Markdown without the answers, and the answers"""
     sources = {n: read(root / n) for n in names if n.endswith((".py", ".md"))}
-    answers, twins = {}, []
+    sources["fast/loss.py"] = re.sub(PLAIN_FORM, "", sources["fast/loss.py"], flags=re.MULTILINE)
+    answers = {}
     for number in numbers:
         answers |= bodies(root, number)
-        twins += EXERCISES[number].twins
+    twins = [twin for twin in twins_of(numbers) if file_of(twin) in sources]
     secret = answer_lines(answers.values())
     for file in sources:
         if file.endswith(".py"):
             twins += holders(sources[file], file, secret)
-    # outside of the tests a twin is emptied like the answer itself, and given back with it
     for function in twins:
         if not function.startswith("tests/"):
             answers[function] = get_body(sources[file_of(function)], function)
     secret = answer_lines(answers.values())
     for function in answers:
         owner = [n for n in numbers if function in EXERCISES[n].functions]
-        message = f"exercise {owner[0]}" if owner else "left out: it shows an exercise's answer"
+        message = f"exercise {owner[0]}" if owner else f"{LEFT_OUT} it shows an exercise's answer"
         sources[file_of(function)] = stub(sources[file_of(function)], function, message)
     exercised = {f for n in numbers for f in EXERCISES[n].functions}
-    emptied = [f.split("::")[1] for f in answers if f not in exercised]
+    # of results/ only bench.py is emptied, and what tests that is named in `twins`
+    others = [f for f in answers if f not in exercised and not f.startswith("results/")]
+    emptied = [f.split("::")[1] for f in others]
     for file, text in sources.items():
         if file.startswith("tests/") and file.endswith(".py") and file != "tests/lab.py":
             gone = [f.split("::")[1] for f in twins if file_of(f) == file]
@@ -395,7 +429,7 @@ def handout(root, folder, numbers):
         if state(root, number) != "original":
             stop(f"exercise {number} is begun here: `solve {number}` first, or the hand-out would "
                  "hold what you wrote")
-    names = files_to_copy(root)
+    names = [n for n in files_to_copy(root) if n not in twins_of(numbers)]
     sources, answers = hand_out_sources(root, numbers, names)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -419,6 +453,9 @@ def main(arguments):
     if command == "list" and not rest:
         return show_list(ROOT)
     if command in ("start", "check", "solve") and len(numbers) == 1:
+        get_exercise(numbers[0])
+        if command != "solve" and state(ROOT, numbers[0]) == "left out":
+            stop("this hand-out leaves that exercise out, for it shows the answer of another one")
         return {"start": start, "check": check, "solve": solve}[command](ROOT, numbers[0])
     if command == "handout" and rest:
         return handout(ROOT, rest[0], sorted(set(numbers)) or CORE)
@@ -430,4 +467,10 @@ def main(arguments):
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -2,9 +2,10 @@
 Solutions of exercises 1 to 7 as students might write them, for test_lab.py: some unusual and right,
 most wrong. A hand-out has none of them. SOLUTIONS: (exercise, file::function, is it right?, body).
 
-The first half was written beside the tests. The second half is from a blind trial: a language model
-did the exercises from a hand-out and wrote these bodies before it read a test. They are those for
-which the tests had to be mended, and a few more of each exercise.
+The first half was written beside the tests. The second half is from a blind trial: by a language
+model that did the exercises from a hand-out, and had seen of the tests no more than what check
+printed where a try of its own failed. They are the bodies for which the tests had to be mended, and
+a few more of each exercise, some shortened to fit a common base.
 """
 
 HEADS = """
@@ -599,7 +600,8 @@ return loss, ce.detach(), kl_per_head.detach()
     ("if top_n:", "if top_n and bool((torch.as_tensor(beta) > 0).all()):"),
     ("detach_teacher).mean(1)", "detach_teacher).mean(1) * (torch.as_tensor(beta) > 0)"),
     ("return loss, ce.detach(), kl_per_head.detach()", "return loss, ce, kl_per_head"),
-    ("(beta * kl_per_head).sum()", "(alpha * beta * kl_per_head).sum()"),
+    ("(beta * kl_per_head).sum()",
+     "((alpha * torch.ones_like(ce))[1:] * beta * kl_per_head).sum()"),
 ])
 
 # ---- 5

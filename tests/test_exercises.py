@@ -86,8 +86,8 @@ WANT_GROUPED = [
 
 
 def test_1_heads_that_share_keys():
-    """self.heads holds H, G, G: with G < H, each head of k and v serves H/G heads of q in a row (0 0
-    1 1, not 0 1 0 1)."""
+    """self.heads holds H, G, G: with G < H, each head of k and v serves H/G heads of q in a row (0
+    0 1 1, not 0 1 0 1)."""
     model = make_gpt(n_head=4, n_kv_head=2, n_embd=16)
     got = attend(model.blocks[0].attn, waves(1, 3, 16), model)
     close(got[0, 2, :8], WANT_GROUPED, 1e-6)
@@ -659,7 +659,7 @@ def test_7_where_p_and_q_are_equal():
     assert_certain_token("residual")
     p = torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(500, 2, 4)
     noise = some_noise("residual", 500, 1, 4)
-    # a uniform number of exactly 1, for those who take exp(-noise) and for those who take 1 minus it
+    # a uniform number of exactly 1: for those who take exp(-noise), and 1 minus it
     for value in (0.0, 1000.0):
         noise.accept.fill_(value)
         _, token = decode.residual(p, p[:, :1], torch.ones(500, 1, dtype=torch.long), noise)
