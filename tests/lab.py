@@ -271,18 +271,20 @@ def next_exercise(root, number):
 
 def raised(root, number, output):
     """by pytest's short traceback: a line on what the student's function raised, or nothing"""
-    frames = re.findall(r"^(\S+\.py):(\d+): in ", output, re.MULTILINE)
+    frames = re.findall(r"^(.+\.py):(\d+): in ", output, re.MULTILINE)
+    frames = [(Path(root, path).resolve(), int(line)) for path, line in frames]
     error = re.search(r"^E +(\w+)(?:: (.*))?$", output, re.MULTILINE)
     mine = set()
     for function in EXERCISES[number].functions:
         node = find(read(root / file_of(function)), function)
         lines = range(node.lineno, node.end_lineno + 1)
-        mine |= {(file_of(function), str(line)) for line in lines}
+        mine |= {((root / file_of(function)).resolve(), line) for line in lines}
     last = [frame for frame in frames if frame in mine][-1:]
     # an assertion of a test's stand-in, called by the function, says what is wrong by itself
     if not last or not error or error[1] == "AssertionError" and last != frames[-1:]:
         return ""
-    return f"your code raised {error[1]} in {last[0][0]}, line {last[0][1]}: {error[2] or ''}\n"
+    path, line = last[0]
+    return f"your code raised {error[1]} in {path.name}, line {line}: {error[2] or ''}\n"
 
 
 def check(root, number):

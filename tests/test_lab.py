@@ -210,7 +210,7 @@ def test_a_solution_that_calls_an_empty_function_is_told_so(monkeypatch, capsys)
 TRACEBACK = """
 tests/test_exercises.py:67: in test_1_the_numbers
     got = attend(attention, x)
-model.py:{}: in forward
+{}:{}: in forward
     H = self.n_head
 {}
 E   {}
@@ -225,7 +225,7 @@ FAILED tests/test_exercises.py::test_1_the_numbers - AttributeError
     ("tests/test_exercises.py:9: in forward", "assert 2 == 4", False)])
 def test_check_says_what_the_students_code_raised(monkeypatch, capsys, inner, error, told):
     line = lab.find(lab.read(ROOT / "model.py"), "model.py::Attention.forward").lineno + 1
-    text = TRACEBACK.format(line, inner, error)
+    text = TRACEBACK.format(ROOT / "model.py", line, inner, error)
     done = SimpleNamespace(returncode=1, stdout=text, stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: done)
     monkeypatch.setattr(lab, "empty_functions", lambda *args: [])
@@ -687,6 +687,7 @@ def test_bench_in_a_handout(original, tmp_path):
     (folder / "prompts.txt").write_text("Once upon a time\nThe cat sat\n", encoding="utf-8")
     code, output = bench("check")
     assert code == 0 and "2 of 2" in output, output
+    shutil.copyfile(original / "decode.py", folder / "decode.py")      # the student is right
     code, output = bench("decode")
     assert code == 1 and "left out: it shows an exercise's answer" in output, output
     shutil.copyfile(tmp_path / "class-answers.json", folder / ".lab/answers.json")
