@@ -330,7 +330,8 @@ NOT_COPIED = ("tests/solutions.py", "tests/mutations.py", "tests/test_mutations.
 def files_to_copy(root):
     paths = [path for pattern in PATTERNS for path in sorted(root.glob(pattern))]
     names = [path.relative_to(root).as_posix() for path in paths if path.is_file()]
-    return [n for n in names if n not in NOT_COPIED and not n.endswith((".git", ".pt", ".part"))]
+    names = [n for n in names if n not in NOT_COPIED and "__pycache__" not in n]
+    return [n for n in names if not n.endswith((".git", ".pt", ".part"))]
 
 
 def twins_of(numbers):
