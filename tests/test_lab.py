@@ -690,7 +690,7 @@ def test_bench_in_a_handout(original, tmp_path):
     lab.handout(original, tmp_path / "class", [5])
     folder = tmp_path / "class"
     mutations.copy_to(tmp_path / "code")
-    small_run(tmp_path / "code", "toy")
+    small_run(tmp_path / "code", "toy", "--steps", "20", "--eval_windows", "4")
     options = ["--tokens", "20", "--device", "cpu", "--prompts", "prompts.txt"]
 
     def bench(command):
