@@ -275,6 +275,12 @@ def test_a_handout_holds_no_answer(original, tmp_path, numbers, monkeypatch, cap
     lab.handout(original, tmp_path / "class", numbers)
     folder = tmp_path / "class"
     assert_holds_no_answer(folder, secret_lines(original, numbers))
+    assert "teacher.topk(" in lab.read(original / "fast/loss.py")
+    assert "teacher.topk(" not in lab.read(folder / "fast/loss.py")
+    for file, *name in [twin.split("::") for twin in lab.twins_of(numbers)]:
+        source = lab.read(folder / file) if (folder / file).exists() else ""
+        assert not name or f"def {name[0]}(" not in source or not file.startswith("tests/")
+        assert name or not source
     assert not (folder / ".git").exists() and not (folder / "tests/mutations.py").exists()
     guide = lab.read(folder / "tests/README.md")
     assert "<details>" not in guide and "<!--" not in guide and "Handing it out" not in guide
