@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import decode
 import distill
-from model import GPT, Attention, Cache, GPTConfig
+from model import GPT, Attention, Cache, GPTConfig, Positions
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -101,8 +101,11 @@ def test_1_no_positions():
 
 def test_1_on_the_device_of_x():
     """What forward makes anew, the mask, must be on the device of x: device=x.device."""
-    model = make_gpt().to("meta")                         # a device that computes shapes alone
-    assert attend(model.blocks[0].attn, waves(2, 3, 8).to("meta"), model).device.type == "meta"
+    model = make_gpt()
+    rope = model.angles(3).rope.to("meta")                # a device that computes shapes alone
+    attention = model.blocks[0].attn.to("meta")
+    got = attention(waves(2, 3, 8).to("meta"), Positions(None, None, None, rope))
+    assert got.device.type == "meta" and got.shape == (2, 3, 8)
 
 
 def test_1_with_a_cache_it_is_the_same():
