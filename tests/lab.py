@@ -77,6 +77,7 @@ EXERCISES = {
                  tests=["test_extend.py::test_heads_are_copied_and_not_shared",
                         "test_extend.py::test_the_copy_is_the_cascade_with_repeated_heads"]),
     14: Exercise("predict the speed-up, then measure it", 45),
+    15: Exercise("heads on the frozen real model", 60),
 }
 
 
