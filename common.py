@@ -283,6 +283,7 @@ def check_entries(path, meta, **types):
 # -----------------------------------------------------------------------------
 # the end
 
+OUT_OF_MEMORY = ("MemoryError", "allocate memory", "size calculation overflowed")
 # what PyTorch says where another process of torchrun has stopped
 LOST_CONNECTION = ("DistBackendError", "DistNetworkError", "DistStoreError",
                    "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -314,7 +315,7 @@ def run(main):
         text = one_line(error)
         if "RANK" in os.environ and any(sign in text for sign in LOST_CONNECTION):
             sys.exit(f"{script}: rank {rank} stopped, because another process did")
-        if "MemoryError" not in text and "allocate memory" not in text:
+        if not any(sign in text for sign in OUT_OF_MEMORY):
             raise
         sys.exit(f"out of memory ({text}): lower --micro_batch (the result stays the "
                  "same, but for dropout), --block_size or the model's size")
