@@ -84,6 +84,16 @@ def curve(out, key="loss"):
     return torch.tensor([row[key] for row in log_rows(out) if key in row], dtype=torch.float64)
 
 
+def test_a_row_of_the_log_is_the_mean_of_its_steps(data, tmp_path):
+    for every in (1, 2):
+        fit(config(data, tmp_path / str(every), log_every=every))
+    for key in ("loss", "ce", "kl"):
+        single, pairs = curve(tmp_path / "1", key), curve(tmp_path / "2", key)
+        means = (single[0::2] + single[1::2]) / 2
+        torch.testing.assert_close(pairs, means, rtol=0, atol=1e-12)
+        assert not torch.equal(single[0], single[1])
+
+
 def largest_difference(model, other):
     """between weights of one name"""
     theirs = dict(other.named_parameters())
