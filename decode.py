@@ -361,8 +361,6 @@ class Decoder:
         # with one-hot p and q the three rules are one; without heads there is nothing to reject
         self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
         self.noise = make_noise(self.rule, len(self.n), k, self.model.weight)
-        self.verify_offsets = torch.arange(k + 1, device=self.n.device)
-        self.draft_offsets = self.verify_offsets - k
         self.rebuild(range(1, k + 1), int((self.n - self.right[k]).max()))
 
     def choose(self):
@@ -386,8 +384,9 @@ class Decoder:
         self.drafts = tokens[:, 1:]
         self.accept(logits, at, tokens, draft_probs)
 
-    def window(self, offsets):
-        """the places n + offsets, (B, T), and the tokens there"""
+    def window(self, first, last):
+        """the places n + first .. n + last, (B, T), and the tokens there"""
+        offsets = torch.arange(first, last + 1, device=self.n.device)
         at = (self.n[:, None] + offsets).clamp_min(1)
         return at, self.buffer[self.row, at]
 
@@ -400,7 +399,7 @@ class Decoder:
         which may have been a draft since rejected: row i is right if i+k < n, and the last k rows
         may be wrong. In all max(a+1, k) <= K+1 rows. Near the start of a text row 0 stands in for
         the missing ones, several times, with the same result."""
-        at, tokens = self.window(self.draft_offsets)      # (B, K+1): head 1 reads t_{n-K} .. t_n
+        at, tokens = self.window(-self.k, 0)           # (B, K+1): head 1 reads t_{n-K} .. t_n
         positions = self.model.positions(self.cache, at - 1)
         draft_probs = []
         for k in range(1, self.k + 1):
@@ -430,7 +429,7 @@ class Decoder:
     def verify(self):
         """one forward of the main model over [t_n, d_1 .. d_K] -> places and tokens (B, K+1) and
         its logits (B, K+1, V)"""
-        at, tokens = self.window(self.verify_offsets)     # n .. n+K
+        at, tokens = self.window(0, self.k)            # n .. n+K
         positions = self.model.positions(self.cache, at)
         hidden = self.model.trunk_step(tokens, self.cache, positions)
         return at, tokens, self.model.logits(0, hidden)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from decode import Decoder
+from fast.heads import HEAD_COUNTS
 from fast.loss import interpreted, triton, triton_version
 from model import Positions
 
@@ -32,8 +33,6 @@ if triton is not None:
     import triton.language as tl
 
 MAX_ROWS = 32  # from here on, a library's matrix product is the faster one
-# heads="auto" chooses among these and all heads: each has a graph of its own
-HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 
 
 def unsupported(model):

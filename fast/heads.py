@@ -18,6 +18,8 @@ FORGET = 0.05     # the share of all counts that each choice forgets: older ones
 PRIOR = 0.8       # AR of heads of which nothing is known yet,
 PRIOR_DRAFTS = 8  # as if so many drafts had shown it
 SWITCH = 0.05     # another number of heads must be so much better, for its caches are to be filled
+# on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
+HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as with one
 
 

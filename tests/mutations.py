@@ -152,10 +152,10 @@ MUTATIONS = [
 
     # ---- decode.py: the loop
     ("rows that were built from rejected drafts are not rebuilt", "decode.py",
-     "self.window(self.draft_offsets)", "self.window(self.draft_offsets[-1:])",
+     "self.window(-self.k, 0)", "self.window(0, 0)",
      ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[2]"]),
     ("after full acceptance head 1 lacks the keys and values of the last round's first row", "decode.py",
-     "self.window(self.draft_offsets)", "self.window(self.draft_offsets[-self.heads :])",
+     "self.window(-self.k, 0)", "self.window(1 - self.k, 0)",
      ["test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand[1]",
       "test_decode.py::test_the_draft_distribution_is_that_of_its_head"]),
     ("a head that sat out comes back without the rows that it missed", "decode.py",
