@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -40,6 +41,7 @@ from common import (  # noqa: E402
 )
 from data.errors import show  # noqa: E402
 from data.reader import read_prompt_rows  # noqa: E402
+from fast.heads import HEAD_COUNTS  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -112,15 +114,17 @@ class CheckConfig(DeviceFlags):
     count: int = flag(8, "prompts", min=1)
     prompt_tokens: int = flag(64, "tokens of a prompt from the validation text", min=1)
     tokens: int = flag(200, "tokens to emit for each prompt", min=1)
-    heads: decode.head_count = flag(
-        -1, "MTP heads that draft, or auto; -1: all (check), or each of 1 .. 4, of 4, 8, 16, 32 "
-        "where there are more, and auto (decode)", min=-1,
-    )
+    heads: decode.head_count = flag(-1, "MTP heads that draft, or auto; -1: all", min=-1)
     draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
 
 
 @dataclass
 class DecodeConfig(CheckConfig):
+    heads: str = flag(
+        "", "numbers of MTP heads that draft, with commas, auto among them; empty: 1 .. 4, or 4, "
+        "8, 16, 32 where there are more, and auto",
+    )
+    temperature: str = flag("0,1", "temperatures, with commas; 0 is greedy")
     batch: int = flag(1, "prompts that are continued side by side", min=1)
     top_k: int = flag(0, "sample among the k most likely tokens only; 0: all", min=0)
     accept: str = flag(
@@ -276,8 +280,8 @@ def print_difference(row, tokenizer):
 
 
 def bench_checkpoints(checkpoints, cfg):
-    """bench_decoding at temperatures 0 and 1 for each checkpoint, on the same prompts; prints a
-    table each -> all rows"""
+    """bench_decoding at each temperature for each checkpoint, on the same prompts; prints a table
+    each -> all rows"""
     context = min(checkpoint.model.config.block_size for checkpoint in checkpoints)
     prompts, kinds = pick_prompts(checkpoints[0], cfg, context)
     tokens = min(cfg.tokens, context - max(map(len, prompts)))
@@ -291,13 +295,13 @@ def bench_checkpoints(checkpoints, cfg):
     for path, model, _, _ in checkpoints:
         if model.config.n_mtp == 0:
             show(f"{path} has no MTP heads: decoding without drafts, one token per forward")
-        for temperature in (0.0, 1.0):
+        for temperature in split("temperature", cfg.temperature, float):
             try:
                 rows = bench_decoding(model, prompts, cfg, temperature, kinds)
             except KeyboardInterrupt:
                 raise Interrupted(result) from None
             for row in rows:
-                if row["heads"] == 1:
+                if row["heads"] == 1 and not row["kind"]:
                     one_head.setdefault(temperature, row["tokens_per_s"])
             for row in rows:
                 row["over_one"] = None
@@ -315,6 +319,8 @@ def check_decoding(checkpoint, prompts, cfg):
     """raises a UserError for what bench_decoding can't do"""
     path, model, _, _ = checkpoint
     counts = head_counts(model.config.n_mtp, cfg.heads)
+    if cfg.heads not in ("", "0") and model.config.n_mtp and not counts:
+        raise UserError(f"--heads is {cfg.heads}, but {path} has {model.config.n_mtp} heads")
     if len(prompts) < cfg.batch:
         raise UserError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)}: "
                         "give more (--count)")
@@ -323,16 +329,18 @@ def check_decoding(checkpoint, prompts, cfg):
                         f"{path}'s {model.config.n_mtp} heads can't be measured: give more "
                         "--tokens or shorter prompts")
     small = dataclasses.replace(cfg, fast="off")          # without the kernels of a fast decoder
-    for heads in [0, *counts]:
-        make_decoder(model, prompts, small, heads)        # it checks the flags
+    for temperature in split("temperature", cfg.temperature, float):
+        for heads in [0, *counts]:
+            make_decoder(model, prompts, small, heads, temperature=temperature)    # checks flags
 
 
 def head_counts(K, wanted):
-    """with how many heads to decode, beside none"""
-    if K == 0 or wanted == 0:
+    """with how many heads to decode, beside none: those of --heads that a model with K has"""
+    if K == 0:
         return []
-    if wanted != -1:
-        return [wanted]
+    if wanted:
+        counts = split("heads", wanted, decode.head_count)
+        return [k for k in counts if k == "auto" or 0 < k <= K]
     return [k for k in ((1, 2, 3, 4) if K <= 4 else (4, 8, 16, 32)) if k <= K] + ["auto"]
 
 
@@ -618,7 +626,7 @@ def print_kinds(rows):
 @torch.no_grad()
 def bench_costs(checkpoint, cfg):
     """-> {batch, as text: times of a round with 0 .. K heads, in ordinary steps}, in the middle of
-    the context; prints them"""
+    the context; prints them. HEAD_COUNTS are timed; what lies between is interpolated"""
     model = checkpoint.model
     K = model.config.n_mtp
     if K == 0:
@@ -629,14 +637,16 @@ def bench_costs(checkpoint, cfg):
     costs = {}
     for batch in split("batch", cfg.batch, int):
         decoders = {}
-        for k in tqdm(range(K + 1), f"batch {batch}", unit="decoder"):
+        timed = [k for k in range(K + 1) if k in HEAD_COUNTS or k == K]
+        for k in tqdm(timed, f"batch {batch}", unit="decoder"):
             decoders[k] = decode.make_decoder(
                 model, batch, n + tokens, k, *options, fast=cfg.fast
             )
         prompts = [[1] * n] * batch
         time_rounds(decoders, prompts, tokens)                           # warm up
         times = time_rounds(decoders, prompts, tokens)
-        costs[str(batch)] = [times[k][0] / times[0][0] for k in decoders]
+        ratios = [times[k][0] / times[0][0] for k in timed]
+        costs[str(batch)] = np.interp(range(K + 1), timed, ratios).tolist()
         shown = " ".join(f"{cost:.2f}" for cost in costs[str(batch)])
         print(f"batch {batch}, temperature {cfg.temperature}, {decoders[K].why}: an ordinary step "
               f"takes {times[0][0]:.3f} ms, rounds with 0 .. {K} heads {shown} times that",

@@ -2,7 +2,7 @@
 prompts.py: prompts of seven kinds that no model here was trained on, for bench.py:
 
     python results/prompts.py                 20 of each kind -> out/prompts.jsonl
-    python results/prompts.py --count 40 --out out/many.jsonl
+    python results/prompts.py --count 164 --kinds code --out out/code.jsonl
     python results/bench.py decode out/smollm2-4/ckpt.pt --prompts out/prompts.jsonl --count 140
 
 Two files are downloaded into data/downloads, 0.75 MB, and checked by sha256 (or place them there by
@@ -98,17 +98,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=20, help="prompts of each kind")
+    parser.add_argument("--kinds", default="", help="only these, with commas")
     parser.add_argument("--out", default="out/prompts.jsonl", help="the file to write")
     args = parser.parse_args()
     if args.count < 1:
         raise UserError(f"--count is {args.count}; it must be at least 1")
     text = lzma.decompress(STORIES[1].read_bytes()).decode("utf-8")
     rows = collect(json_rows(fetch(SPEC_BENCH)), json_rows(fetch(HUMAN_EVAL)), text, args.count)
+    kinds = {row["kind"] for row in rows}
+    wanted = set(args.kinds.split(",")) if args.kinds else kinds
+    if wanted - kinds:
+        raise UserError(f"--kinds is {args.kinds}; choose from {', '.join(sorted(kinds))}")
+    rows = [row for row in rows if row["kind"] in wanted]
     path = Path(args.out)
     with writing(path):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path}: {len(rows)} prompts, {args.count} of each of {len({r['kind'] for r in rows})} "
-          "kinds")
+    print(f"{path}: {len(rows)} prompts, {args.count} of each of {len(wanted)} kinds")
 
 
 if __name__ == "__main__":

@@ -321,15 +321,15 @@ def ablation(args, runner, sources):
     runner.all(jobs)
 
 
-def extend_jobs(args, runner, sources, n, source):
+def extend_jobs(args, runner, texts, n, source, part="extend"):
     jobs = []
-    for text in sources:
+    for text in texts:
         for method in ("MTP", "MTP-D"):
             for seed in args.seeds:
-                base = str(runner.work / f"{text}_K4_{method}_seed{seed}")
+                base = str(runner.work / f"{text} K4 {method} seed{seed}".translate(FOLDER))
                 command = ["extend.py", f"{base}{source}/ckpt.pt", "--heads", str(n), "--json",
                            "--out", f"{base}-{n}", *EXTEND_STEPS[args.scale].split()]
-                jobs.append((f"{text} {n} heads {method} seed{seed}", "extend", command,
+                jobs.append((f"{text} {n} heads {method} seed{seed}", part, command,
                              dict(seed=seed, text=text, method=method, n=n)))
     return jobs
 
@@ -343,21 +343,26 @@ def extend(args, runner, sources):
 
 
 def deep_jobs(args, runner, sources):
+    """1-head MTP, which the paper compares with, and the models that are looped"""
     if args.scale != "gpu":
         return []
     data, extra = sources["python"]
-    more = f"{extra} --n_mtp 4 --n_layer 24"
-    labels = dict(text="python", K=4, method="MTP-D")
     jobs = []
-    for seed in args.seeds:
-        name = f"python deep K4 MTP-D seed{seed}"
-        jobs.append(train_job(args, args.scale, runner.work, name, "deep", data, seed, more,
-                              **labels))
+    for method, K, beta in (("MTP", 1, 0), ("MTP", 4, 0), ("MTP-D", 4, 0.5)):
+        for seed in args.seeds:
+            name = f"python deep K{K} {method} seed{seed}"
+            more = f"{extra} --n_layer 24 --n_mtp {K} --beta {beta}"
+            labels = dict(text="python deep", K=K, method=method)
+            jobs.append(train_job(args, args.scale, runner.work, name, "deep", data, seed, more,
+                                  **labels))
     return jobs
 
 
 def deep(args, runner, sources):
-    runner.all(deep_jobs(args, runner, sources))
+    jobs = deep_jobs(args, runner, sources)
+    runner.all(jobs)
+    for n, source in LOOPS if jobs else ():
+        runner.all(extend_jobs(args, runner, ["python deep"], n, source, "deep"))
 
 
 def speed(args, runner, sources):
@@ -378,9 +383,11 @@ def speed(args, runner, sources):
             job("check python", "check", ours, "--count", "16")]
     if gpu:
         for seed in args.seeds:
-            deep_ckpt = ckpt(f"deep K4 MTP-D seed{seed}")
-            jobs.append(job(f"speed python deep seed{seed}", "decode", deep_ckpt, "--count", "16",
-                            seed=seed))
+            # on problems of another source, over a model that was trained with one head
+            models = [ckpt(f"deep K1 MTP seed{seed}"), ckpt(f"deep K4 MTP-D seed{seed}", "-16")]
+            jobs.append(job(f"speed python deep seed{seed}", "decode", *models, "--count", "48",
+                            "--prompts", "out/code.jsonl", "--heads", "1,2,4,8,16,auto",
+                            "--temperature", "0,0.7,1", seed=seed))
         for batch in (8, 32):
             jobs.append(job(f"speed python batch {batch}", "decode", ours, "--heads", "4",
                             "--batch", str(batch), "--count", str(2 * batch), batch=batch))
@@ -551,7 +558,7 @@ def main():
     runner = Runner(args.scale, args.work, parallel)
     makers = effect_jobs(args, runner, sources) + deep_jobs(args, runner, sources)
     for n, base in LOOPS:
-        makers += extend_jobs(args, runner, sources, n, base)
+        makers += extend_jobs(args, runner, [*sources, "python deep"], n, base)
     runner.makers = {Path(job[2][job[2].index("--out") + 1]): job for job in makers}
     try:
         for name, part in PARTS.items():

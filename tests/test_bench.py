@@ -243,7 +243,7 @@ def test_a_second_checkpoint_with_a_shorter_context(toy, rows, monkeypatch, caps
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"heads": 2}, "heads is 2; "), ({"batch": 3}, "--batch 3 needs at least"),
+    ({"heads": 2}, "--heads is 2, but .*one.pt has 1"), ({"batch": 3}, "--batch 3 needs at least"),
     ({"draft_vocab": 258}, "draft_vocab is 258"), ({"tokens": 1}, "of .*one.pt's 1 heads"),
 ])
 def test_what_a_later_checkpoint_can_not_do_is_told_first(toy, monkeypatch, changes, message):
@@ -460,6 +460,8 @@ def test_a_table_for_each_kind_of_prompts(toy, monkeypatch, capsys):
     (["decode", "ckpt.pt", "--batch", 9, "--tokens", 4], "--batch 9"),
     (["decode", "ckpt.pt", "--tokens", 2, "--prompt_tokens", 8], "no continuation is longer"),
     (["decode", "ckpt.pt", "--heads", "auto", "--costs", "gone.json"], "can't read gone.json"),
+    (["decode", "ckpt.pt", "--heads", "1,x"], "--heads is '1,x'"),
+    (["decode", "ckpt.pt", "--temperature", "0,-1"], "temperature is -1"),
     (["costs", "plain.pt"], "has no MTP heads"),
     (["costs", "ckpt.pt", "--batch", "0"], "--batch is '0'"),
     (["costs", "ckpt.pt", "--batch", "x"], "--batch is 'x'"),
@@ -477,6 +479,12 @@ def test_bad_requests(toy, monkeypatch, capsys, argv, message):
     monkeypatch.setattr(bench, "bench_training", None)  # it would train a GPT-2
     with pytest.raises(common.UserError, match=message):
         call(monkeypatch, capsys, *argv)
+
+
+def test_numbers_of_heads_and_temperatures_are_lists(rows):
+    """numbers that a model does not have are left out, and those of 0 heads come first anyway"""
+    table = rows(heads="2,0,1,9", temperature="0.5")
+    assert [(row["heads"], row["temperature"]) for row in table] == [(0, 0.5), (2, 0.5), (1, 0.5)]
 
 
 # -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import json
+import sys
 
 import pytest
 
@@ -44,3 +45,19 @@ def test_downloads_are_checked_and_unpacked(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.gz").write_bytes(data + b"more")
     with pytest.raises(UserError, match="a.jsonl.gz"):
         prompts.fetch(url)
+
+
+def test_only_the_kinds_that_were_asked_for(tmp_path, monkeypatch):
+    lines = {prompts.SPEC_BENCH: QUESTIONS, prompts.HUMAN_EVAL: PROBLEMS}
+    monkeypatch.setattr(
+        prompts, "fetch", lambda url: "\n".join(map(json.dumps, lines[url])).encode()
+    )
+    out = tmp_path / "code.jsonl"
+    argv = ["prompts.py", "--count", "3", "--out", str(out), "--kinds"]
+    monkeypatch.setattr(sys, "argv", [*argv, "story,code"])
+    prompts.main()
+    kinds = [json.loads(line)["kind"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert kinds == ["code"] * 3 + ["story"] * 3
+    monkeypatch.setattr(sys, "argv", [*argv, "cod"])
+    with pytest.raises(UserError, match="--kinds is cod; choose from chat, code"):
+        prompts.main()
