@@ -3,17 +3,15 @@ checkpoints, bad input."""
 import dataclasses
 import json
 import math
-import os
 import runpy
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_two
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -589,16 +587,17 @@ def test_the_closing_sample_of_tiny_models(data, tmp_path, monkeypatch, capsys, 
     assert "tokens per forward" in capsys.readouterr().out
 
 
-def test_two_processes_equal_one(two_processes, data, tmp_path):
-    process, out = two_processes
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+def test_two_processes_equal_one(data, tmp_path):
+    out = tmp_path / "two"
+    argv = ["train.py", *flags(data, out, micro_batch=2, **DDP)]
+    said = run_two(train.main, argv, tmp_path / "log")
+    assert [code for code, *_ in said] == [0, 0], said
     whole = config(data, tmp_path, **DDP)
     assert largest_difference(fit(whole), common.load_checkpoint(out / "ckpt.pt")[0]) < 1e-9
     for key in ("loss", "ce", "kl"):  # the mean over both, not rank 0's own windows
         torch.testing.assert_close(curve(out, key), curve(tmp_path, key), rtol=0, atol=1e-9)
     assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3]
-    assert said.count("bits per byte") == 1
+    assert said[0][1].count("bits per byte") == 1 and said[1][1] == ""
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -651,10 +650,12 @@ def test_device_cpu_takes_the_preset_for_a_cpu(monkeypatch):
 DDP = {"steps": 3, "alpha": "0.3,0", "beta": "0.5,0"}
 
 
-def test_an_error_on_one_of_two_processes_is_shown_once(failing_processes):
-    process, _ = failing_processes
-    text = process.communicate()[0]
-    assert process.returncode == 1 and text.count("the loss is nan at step") == 1, text
+def test_an_error_on_one_of_two_processes_is_shown_once(data, tmp_path):
+    argv = ["train.py", *flags(data, tmp_path, **{**DDP, "micro_batch": 2, "lr": 1e18, "steps": 9})]
+    said = run_two(train.main, argv, tmp_path / "log")
+    text = "".join(out + err for _, out, err in said)
+    assert [code for code, *_ in said] == [1, 1]
+    assert text.count("the loss is nan at step") == 1, text
     assert "Traceback" not in text, text[-6000:]
     assert "rank 1 stopped, because another process did" in text
 
@@ -667,39 +668,6 @@ def test_an_error_that_all_processes_find_is_shown_by_one(monkeypatch):
         with pytest.raises(SystemExit) as stop:
             common.run(train.main)
         assert str(stop.value.code).startswith(str(code))
-
-
-def launch(data, out, **changes):
-    """two processes that train together; begun early and read late, for importing torch takes a
-    while"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    argv = [sys.executable, __file__, *flags(data, out, **{**DDP, "micro_batch": 2, **changes})]
-    return subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_processes(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ddp")
-    with launch(data, out) as process:
-        yield process, out
-        process.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def failing_processes(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("failing")
-    with launch(data, out, lr=1e18, steps=9) as process:
-        yield process, out
-        process.kill()
-
-
-def ddp_worker(rank):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    common.run(train.main)
 
 
 # ---- flags
@@ -1045,15 +1013,3 @@ def test_a_best_that_was_never_written_is_written_by_resume(data, tmp_path, monk
     main_losses(monkeypatch, 5.0)
     call(monkeypatch, "--resume", tmp_path / "ckpt.pt")
     assert steps_and_losses(tmp_path) == [(4, 5.0), (4, 3.0)]
-
-
-if __name__ == "__main__":  # launch(): as torchrun does
-    import torch.multiprocessing
-    torch.set_num_threads(1)
-    context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    workers = [context.Process(target=ddp_worker, args=(rank,)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    sys.exit(max(worker.exitcode for worker in workers))
