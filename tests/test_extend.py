@@ -24,7 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 TEXT = "one two three four five six. " * 120  # soon learned, so that heads guess right
 BASE = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "n_mtp": 2, "block_size": 24, "dropout": 0.1,
-    "batch_size": 8, "steps": 60, "warmup": 5, "lr": 2e-2, "eval_every": 100, "eval_windows": 6,
+    "batch_size": 4, "steps": 60, "warmup": 5, "lr": 2e-2, "eval_every": 100, "eval_windows": 6,
     "log_every": 1, "device": "cpu", "compile": "off", "dtype": "float64", "alpha": "0.3,0.2",
     "beta": "0.5", "kl_start": 0.5}
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")

@@ -63,6 +63,14 @@ def fit(cfg, model=None):
     return model
 
 
+@pytest.fixture(scope="module")
+def two_steps(data, tmp_path_factory):
+    """the checkpoint of two steps, to read"""
+    out = tmp_path_factory.mktemp("two_steps")
+    fit(config(data, out, steps=2))
+    return out / "ckpt.pt"
+
+
 def flags(data, out, **changes):
     values = {**TOY, "data": data, "out": out, **changes}
     return [f"--{name}={value}" for name, value in values.items()]
@@ -530,23 +538,21 @@ def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, ca
     ({"optimizer": {}}, "no optimizer state"),
     ({"step": -1}, "step -1"), ({"train_config": {"block_size": 17}}, "block_size 17"),
 ])
-def test_what_can_not_be_resumed_exactly(data, tmp_path, monkeypatch, change, message):
-    fit(config(data, tmp_path, steps=2))
-    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+def test_what_can_not_be_resumed_exactly(two_steps, tmp_path, monkeypatch, change, message):
+    raw = torch.load(two_steps, weights_only=True)
     config_too = {**raw["train_config"], **change.get("train_config", {})}
     torch.save({**raw, **change, "train_config": config_too}, tmp_path / "ckpt.pt")
     with pytest.raises(common.UserError, match=message):
         call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
 
 
-def test_a_checkpoint_with_retired_flags_is_resumed(data, tmp_path, monkeypatch):
-    fit(config(data, tmp_path, steps=2))
-    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+def test_a_checkpoint_with_retired_flags_is_resumed(data, two_steps, tmp_path, monkeypatch):
+    raw = torch.load(two_steps, weights_only=True)
     raw["train_config"].update(clip_apart=False, kl_grad="full")
     raw["evaluated"] = True
     del raw["train_config"]["schedule_steps"]
     torch.save(raw, tmp_path / "ckpt.pt")
-    assert train.stored_config(raw) == config(data, tmp_path, steps=2)
+    assert train.stored_config(raw) == config(data, two_steps.parent, steps=2)
     call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
     assert "clip_apart" not in common.load_checkpoint(tmp_path / "ckpt.pt")[1]["train_config"]
 
@@ -616,11 +622,9 @@ def test_two_processes_equal_one(data, tmp_path):
     (lambda meta: meta["train_config"].update(lr="high"), "--lr is 'high'; it must be of type float"),
     (lambda meta: meta["train_config"].update(eval_every=2.5), "--eval_every is 2.5.* int"),
 ])
-def test_a_checkpoint_with_wrong_entries_is_not_resumed(data, tmp_path, damage, message):
+def test_a_checkpoint_with_wrong_entries_is_not_resumed(two_steps, tmp_path, damage, message):
     """in one line, and before the optimizer reads past the end of a tensor"""
-    cfg = config(data, tmp_path, steps=2)
-    fit(cfg)
-    model, meta = common.load_checkpoint(tmp_path / "ckpt.pt")
+    model, meta = common.load_checkpoint(two_steps)
     damage(meta)
     common.save_checkpoint(tmp_path / "ckpt.pt", model, **meta)
     with pytest.raises(common.UserError, match=message):
@@ -911,7 +915,7 @@ HOW = ["works", "raises", "raises_mute", "fails_later", "kernels_fail"]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsys, how):
+def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsys, how, off=[]):
     with monkeypatch.context() as patch:
         break_compile(patch, how)
         patch.setattr(train, "pick_compile", lambda cfg, device: "model")  # as auto does on CUDA
@@ -919,7 +923,8 @@ def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsy
     lines = [x for x in capsys.readouterr().out.splitlines() if "torch.compile" in x]
     assert len(lines) == (how != "works")
     assert all("continuing without it" in line for line in lines)
-    assert same(model, fit(config(data, tmp_path / "off")))
+    off += [] if off else [fit(config(data, tmp_path / "off"))]
+    assert same(model, off[0])
 
 
 @pytest.mark.parametrize("mode", ["blocks", "model"])
