@@ -28,8 +28,8 @@ def run_two(main, argv, log):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # a fork of a process that has used a GPU can't use it
-    can_fork = sys.platform == "linux" and not torch.cuda.is_initialized()
+    # with a GPU, autograd has threads, which a fork lacks
+    can_fork = sys.platform == "linux" and not torch.accelerator.is_available()
     context = multiprocessing.get_context("fork" if can_fork else "spawn")
     workers = []
     for rank in "01":
