@@ -1,4 +1,5 @@
 """shared by all tests: a fixed number of threads, no writes into the repository, float64."""
+import gc
 import os
 import sys
 from pathlib import Path
@@ -84,3 +85,8 @@ def float64():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+def pytest_collection_finish():
+    """what was imported until now stays: garbage collection need not look through it each time"""
+    gc.freeze()

@@ -179,10 +179,10 @@ def some_request(rng, seed, K):
     return model, prompts, new, stop
 
 
-@pytest.mark.parametrize("K", range(7))
+@pytest.mark.parametrize("K", [0, 1, 2, 3, 4, pytest.param(5, marks=pytest.mark.slow), 6])
 def test_greedy_text_is_that_of_plain_decoding(K):
     rng, lengths = random.Random(K), torch.zeros(K + 1, dtype=torch.long)
-    for seed in range(36 if K < 4 else 20):                 # 204 models in all
+    for seed in range(24 if K < 4 else 20):                 # 156 models in all
         model, prompts, new, stop = some_request(rng, seed, K)
         heads = K if seed % 5 else rng.randint(0, K)
         got, stats = generate(model, prompts, new, heads=heads, stop_token=stop)
@@ -773,12 +773,11 @@ def test_texts_with_true_randomness_follow_the_distribution_and_the_seed(rule, m
     assert min(want.values()) * 1200 > 10
     model = make_model(3, 12, 2, seed=4)
 
-    def texts(seed):
+    def texts(seed, rows=40):
         gen = torch.Generator().manual_seed(seed)
-        return generate(model, [[1, 0]] * 1200, 3, temperature=5.0, accept=rule, generator=gen)[0]
-    first = texts(1)
-    assert first == texts(1) != texts(2)
-    assert chi_square(Counter(map(tuple, first)), want) > 1e-6      # 27 cells
+        return generate(model, [[1, 0]] * rows, 3, temperature=5.0, accept=rule, generator=gen)[0]
+    assert texts(1) == texts(1) != texts(2)
+    assert chi_square(Counter(map(tuple, texts(1, 1200))), want) > 1e-6     # 27 cells
 
 
 # ---- acceptance

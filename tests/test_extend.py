@@ -1,18 +1,16 @@
 """extend.py: heads copied and looped, the old ones untouched, resume, exact decoding, bad input."""
 import dataclasses
 import json
-import os
 import runpy
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_two
 
 import common
 import decode
@@ -26,7 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 TEXT = "one two three four five six. " * 120  # soon learned, so that heads guess right
 BASE = {
     "n_layer": 1, "n_head": 2, "n_embd": 16, "n_mtp": 2, "block_size": 24, "dropout": 0.1,
-    "batch_size": 8, "steps": 60, "warmup": 5, "lr": 2e-2, "eval_every": 100, "eval_windows": 6,
+    "batch_size": 4, "steps": 60, "warmup": 5, "lr": 2e-2, "eval_every": 100, "eval_windows": 6,
     "log_every": 1, "device": "cpu", "compile": "off", "dtype": "float64", "alpha": "0.3,0.2",
     "beta": "0.5", "kl_start": 0.5}
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "n_mtp", "dropout")
@@ -457,21 +455,10 @@ def test_two_processes_extend_as_one_does(monkeypatch, base, tmp_path):
     base = tmp_path / "base/ckpt.pt"
     common.save_checkpoint(base, model, **meta)
     extended(monkeypatch, base, tmp_path / "one", *options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-           "WORLD_SIZE": "2"}
-    argv = [sys.executable, str(REPO / "extend.py"), str(base), "--out", str(tmp_path / "two"),
-            *options, "--device", "cpu"]
-    processes = [
-        subprocess.Popen(argv, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-        for rank in "01"
-    ]
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "2 -> 4 heads" in said[0][0] and said[1][0] == ""
+    argv = ["extend.py", base, "--out", tmp_path / "two", *options, "--device", "cpu"]
+    said = run_two(extend.main, argv, tmp_path / "log")
+    assert [code for code, *_ in said] == [0, 0], said
+    assert "2 -> 4 heads" in said[0][1] and said[1][1] == ""
     one, _ = common.load_checkpoint(tmp_path / "one/ckpt.pt")
     two, _ = common.load_checkpoint(tmp_path / "two/ckpt.pt")
     for ours, theirs in zip(one.parameters(), two.parameters()):

@@ -1,13 +1,12 @@
 """extend.py from 0 heads, end to end: weights, own text, heads, decoding. Toys."""
 import dataclasses
 import json
-import os
-import socket
-import subprocess
+import shutil
 import sys
 
 import pytest
 import torch
+from processes import run_two
 from test_pretrained import gguf_settings, make_tensors, tokens, write_gguf
 
 import common
@@ -31,14 +30,25 @@ def state_of(folder):
     return common.load_checkpoint(f"{folder}/ckpt.pt")[0].state_dict()
 
 
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """a pretrained model in out/toy, its own text in data/toy-self"""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """a folder with a pretrained model in out/toy, its own text in data/toy-self"""
+    folder = tmp_path_factory.mktemp("made")
     stored, _ = make_tensors("F16", len(tokens()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "git_commit", lambda: "1234567")
+        patch.chdir(folder)
+        call(patch, pretrained, write_gguf(folder / "toy.gguf", stored, gguf_settings()))
+        call(patch, selftext, "out/toy/ckpt.pt", "--tokens=2000", "--length=40",
+             "--prompts=start", "--device=cpu")
+    return folder
+
+
+@pytest.fixture
+def toy(made, tmp_path, monkeypatch):
+    """a copy of both in the test's own folder"""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(common, "git_commit", lambda: "1234567")
-    call(monkeypatch, pretrained, write_gguf(tmp_path / "toy.gguf", stored, gguf_settings()))
-    call(monkeypatch, selftext, "out/toy/ckpt.pt", "--tokens=2000", "--length=40",
-         "--prompts=start", "--device=cpu")
     return "out/toy/ckpt.pt"
 
 
@@ -81,23 +91,12 @@ def test_resumed_heads_are_those_of_a_run_that_was_not_stopped(toy, monkeypatch)
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
-@pytest.mark.slow
 def test_two_processes_train_the_heads_of_one(toy, monkeypatch):
     call(monkeypatch, extend, toy, *SHORT, "--heads=2", "--out=one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, extend.__file__, toy, *SHORT, "--heads=2", "--micro_batch=2",
-               "--out=two"]
-    workers = []
-    for rank in ("0", "1"):
-        env = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank,
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        worker = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-        workers.append(worker)
-    out = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
-    assert "checkpoint two/ckpt.pt" in out[0] and not out[1]
+    argv = [extend.__file__, toy, *SHORT, "--heads=2", "--micro_batch=2", "--out=two"]
+    said = run_two(extend.main, argv, "log")
+    assert [code for code, *_ in said] == [0, 0], said
+    assert "checkpoint two/ckpt.pt" in said[0][1] and not said[1][1]
     one, two = state_of("one"), state_of("two")
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)

@@ -64,6 +64,7 @@ def test_the_seed_is_the_text(chatty, monkeypatch):
     digests = []
     changes = ([], [], ["--seed=2"], ["--temperature=0.5"], ["--temperature=0.5,1"])
     for i, flags in enumerate(changes):
+        flags = [*flags, "--tokens=1000"]
         digests.append(write(monkeypatch, chatty, *flags, out=f"made{i}")[2]["sha256"])
     assert digests[0] == digests[1] and len(set(digests)) == 4
 

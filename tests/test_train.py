@@ -3,17 +3,15 @@ checkpoints, bad input."""
 import dataclasses
 import json
 import math
-import os
 import runpy
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_two
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,6 +61,14 @@ def fit(cfg, model=None):
     model = model or new_model(cfg)
     train.train(model, cfg, *train.open_data(cfg))
     return model
+
+
+@pytest.fixture(scope="module")
+def two_steps(data, tmp_path_factory):
+    """the checkpoint of two steps, to read"""
+    out = tmp_path_factory.mktemp("two_steps")
+    fit(config(data, out, steps=2))
+    return out / "ckpt.pt"
 
 
 def flags(data, out, **changes):
@@ -532,23 +538,21 @@ def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, ca
     ({"optimizer": {}}, "no optimizer state"),
     ({"step": -1}, "step -1"), ({"train_config": {"block_size": 17}}, "block_size 17"),
 ])
-def test_what_can_not_be_resumed_exactly(data, tmp_path, monkeypatch, change, message):
-    fit(config(data, tmp_path, steps=2))
-    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+def test_what_can_not_be_resumed_exactly(two_steps, tmp_path, monkeypatch, change, message):
+    raw = torch.load(two_steps, weights_only=True)
     config_too = {**raw["train_config"], **change.get("train_config", {})}
     torch.save({**raw, **change, "train_config": config_too}, tmp_path / "ckpt.pt")
     with pytest.raises(common.UserError, match=message):
         call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
 
 
-def test_a_checkpoint_with_retired_flags_is_resumed(data, tmp_path, monkeypatch):
-    fit(config(data, tmp_path, steps=2))
-    raw = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+def test_a_checkpoint_with_retired_flags_is_resumed(data, two_steps, tmp_path, monkeypatch):
+    raw = torch.load(two_steps, weights_only=True)
     raw["train_config"].update(clip_apart=False, kl_grad="full")
     raw["evaluated"] = True
     del raw["train_config"]["schedule_steps"]
     torch.save(raw, tmp_path / "ckpt.pt")
-    assert train.stored_config(raw) == config(data, tmp_path, steps=2)
+    assert train.stored_config(raw) == config(data, two_steps.parent, steps=2)
     call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
     assert "clip_apart" not in common.load_checkpoint(tmp_path / "ckpt.pt")[1]["train_config"]
 
@@ -589,16 +593,17 @@ def test_the_closing_sample_of_tiny_models(data, tmp_path, monkeypatch, capsys, 
     assert "tokens per forward" in capsys.readouterr().out
 
 
-def test_two_processes_equal_one(two_processes, data, tmp_path):
-    process, out = two_processes
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+def test_two_processes_equal_one(data, tmp_path):
+    out = tmp_path / "two"
+    argv = ["train.py", *flags(data, out, micro_batch=2, **DDP)]
+    said = run_two(train.main, argv, tmp_path / "log")
+    assert [code for code, *_ in said] == [0, 0], said
     whole = config(data, tmp_path, **DDP)
     assert largest_difference(fit(whole), common.load_checkpoint(out / "ckpt.pt")[0]) < 1e-9
     for key in ("loss", "ce", "kl"):  # the mean over both, not rank 0's own windows
         torch.testing.assert_close(curve(out, key), curve(tmp_path, key), rtol=0, atol=1e-9)
     assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3]
-    assert said.count("bits per byte") == 1
+    assert said[0][1].count("bits per byte") == 1 and said[1][1] == ""
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -617,11 +622,9 @@ def test_two_processes_equal_one(two_processes, data, tmp_path):
     (lambda meta: meta["train_config"].update(lr="high"), "--lr is 'high'; it must be of type float"),
     (lambda meta: meta["train_config"].update(eval_every=2.5), "--eval_every is 2.5.* int"),
 ])
-def test_a_checkpoint_with_wrong_entries_is_not_resumed(data, tmp_path, damage, message):
+def test_a_checkpoint_with_wrong_entries_is_not_resumed(two_steps, tmp_path, damage, message):
     """in one line, and before the optimizer reads past the end of a tensor"""
-    cfg = config(data, tmp_path, steps=2)
-    fit(cfg)
-    model, meta = common.load_checkpoint(tmp_path / "ckpt.pt")
+    model, meta = common.load_checkpoint(two_steps)
     damage(meta)
     common.save_checkpoint(tmp_path / "ckpt.pt", model, **meta)
     with pytest.raises(common.UserError, match=message):
@@ -651,10 +654,12 @@ def test_device_cpu_takes_the_preset_for_a_cpu(monkeypatch):
 DDP = {"steps": 3, "alpha": "0.3,0", "beta": "0.5,0"}
 
 
-def test_an_error_on_one_of_two_processes_is_shown_once(failing_processes):
-    process, _ = failing_processes
-    text = process.communicate()[0]
-    assert process.returncode == 1 and text.count("the loss is nan at step") == 1, text
+def test_an_error_on_one_of_two_processes_is_shown_once(data, tmp_path):
+    argv = ["train.py", *flags(data, tmp_path, **{**DDP, "micro_batch": 2, "lr": 1e18, "steps": 9})]
+    said = run_two(train.main, argv, tmp_path / "log")
+    text = "".join(out + err for _, out, err in said)
+    assert [code for code, *_ in said] == [1, 1]
+    assert text.count("the loss is nan at step") == 1, text
     assert "Traceback" not in text, text[-6000:]
     assert "rank 1 stopped, because another process did" in text
 
@@ -667,39 +672,6 @@ def test_an_error_that_all_processes_find_is_shown_by_one(monkeypatch):
         with pytest.raises(SystemExit) as stop:
             common.run(train.main)
         assert str(stop.value.code).startswith(str(code))
-
-
-def launch(data, out, **changes):
-    """two processes that train together; begun early and read late, for importing torch takes a
-    while"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(REPO), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    argv = [sys.executable, __file__, *flags(data, out, **{**DDP, "micro_batch": 2, **changes})]
-    return subprocess.Popen(argv, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_processes(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("ddp")
-    with launch(data, out) as process:
-        yield process, out
-        process.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def failing_processes(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("failing")
-    with launch(data, out, lr=1e18, steps=9) as process:
-        yield process, out
-        process.kill()
-
-
-def ddp_worker(rank):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    common.run(train.main)
 
 
 # ---- flags
@@ -943,7 +915,7 @@ HOW = ["works", "raises", "raises_mute", "fails_later", "kernels_fail"]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsys, how):
+def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsys, how, off=[]):
     with monkeypatch.context() as patch:
         break_compile(patch, how)
         patch.setattr(train, "pick_compile", lambda cfg, device: "model")  # as auto does on CUDA
@@ -951,7 +923,8 @@ def test_auto_continues_without_torch_compile(data, tmp_path, monkeypatch, capsy
     lines = [x for x in capsys.readouterr().out.splitlines() if "torch.compile" in x]
     assert len(lines) == (how != "works")
     assert all("continuing without it" in line for line in lines)
-    assert same(model, fit(config(data, tmp_path / "off")))
+    off += [] if off else [fit(config(data, tmp_path / "off"))]
+    assert same(model, off[0])
 
 
 @pytest.mark.parametrize("mode", ["blocks", "model"])
@@ -1045,15 +1018,3 @@ def test_a_best_that_was_never_written_is_written_by_resume(data, tmp_path, monk
     main_losses(monkeypatch, 5.0)
     call(monkeypatch, "--resume", tmp_path / "ckpt.pt")
     assert steps_and_losses(tmp_path) == [(4, 5.0), (4, 3.0)]
-
-
-if __name__ == "__main__":  # launch(): as torchrun does
-    import torch.multiprocessing
-    torch.set_num_threads(1)
-    context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    workers = [context.Process(target=ddp_worker, args=(rank,)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    sys.exit(max(worker.exitcode for worker in workers))
