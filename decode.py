@@ -257,6 +257,7 @@ class Decoder:
 
     model   does the steps: a GPT, or fast.decode's wrapper of one
     heads   the largest number of heads that a round may run, K;  k  how many run now, see use
+    width   rows that each of the k heads runs over in a round
     buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
     n       (B,) position of the last known token
     limit   (B,) the largest n may become; a sequence with n = limit is finished, rounds leave it
@@ -335,7 +336,6 @@ class Decoder:
         self.accepted.zero_()
         self.right.zero_()
         self.k = -1                                       # not even 0: no head has read anything
-        self.use(self.heads)
         self.choose()
 
     def rebuild(self, parts, rows):
@@ -355,21 +355,31 @@ class Decoder:
     @torch.no_grad()
     def use(self, k):
         """from now on, rounds run heads 1 .. k. What these lack in their caches (the prompt, rounds
-        in which they did not run, rejected drafts) is rebuilt first"""
+        in which they did not run) is rebuilt first, but for the rows that the next round runs.
+        Rounds lie between two calls"""
         self.right[: self.k + 1] = self.n - self.k - 1    # the next round would rebuild the rest
         self.k = k
+        self.width = self.draft_width()
         # with one-hot p and q the three rules are one; without heads there is nothing to reject
         self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
         self.noise = make_noise(self.rule, len(self.n), k, self.model.weight)
-        self.rebuild(range(1, k + 1), int((self.n - self.right[k]).max()))
+        rows = (self.n - self.right).amax(1).tolist()     # that head j lacks
+        lacking = [j for j in range(1, k + 1) if rows[j] > self.width]
+        if lacking:                                       # the last one lacks most
+            self.rebuild(range(lacking[0], k + 1), rows[k])
+
+    def draft_width(self):
+        """rows that each head runs over in a round, K+1 at least: see draft"""
+        return self.k + 1
 
     def choose(self):
-        """heads="auto": use as many heads as pay. That depends on past rounds alone, not on the
-        drafts to come: so the distribution of the output stays the same"""
+        """use all heads, or with heads="auto" as many as pay. That depends on past rounds alone,
+        not on the drafts to come: so the distribution of the output stays the same"""
+        k = self.heads
         if self.auto:
-            k = self.auto.choose(self.accepted.cpu(), self.k)
-            if k != self.k:
-                self.use(k)
+            k = self.auto.choose(self.accepted.tolist(), self.k)
+        if k != self.k:
+            self.use(k)
 
     def round(self):
         """draw the random numbers, then draft, verify and accept"""
@@ -399,7 +409,7 @@ class Decoder:
         which may have been a draft since rejected: row i is right if i+k < n, and the last k rows
         may be wrong. In all max(a+1, k) <= K+1 rows. Near the start of a text row 0 stands in for
         the missing ones, several times, with the same result."""
-        at, tokens = self.window(-self.k, 0)           # (B, K+1): head 1 reads t_{n-K} .. t_n
+        at, tokens = self.window(1 - self.width, 0)       # (B, K+1): head 1 reads t_{n-K} .. t_n
         positions = self.model.positions(self.cache, at - 1)
         draft_probs = []
         for k in range(1, self.k + 1):

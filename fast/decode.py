@@ -32,7 +32,7 @@ from model import Positions
 if triton is not None:
     import triton.language as tl
 
-MAX_ROWS = 32  # from here on, a library's matrix product is the faster one
+MAX_ROWS = 128  # from here on, a library's matrix product is the faster one
 
 
 def unsupported(model):
@@ -141,7 +141,7 @@ class FastDecoder(Decoder):
         if self.auto:
             counts.update(k for k in HEAD_COUNTS if k < self.heads)
             for k in set(range(self.heads)) - counts:
-                self.auto.costs[k] = torch.inf
+                self.auto.costs[k] = float("inf")
         self.graphs = {}
         if not self.n.is_cuda:                            # in tests
             return
@@ -157,6 +157,10 @@ class FastDecoder(Decoder):
             self.use(k)
             replay = capture(super().advance)
             self.graphs[k] = (replay, self.noise, self.drafts)
+
+    def draft_width(self):
+        """16 rows in all cost as much as one: heads rarely lack more when another k is used"""
+        return max(self.k + 1, 16 // len(self.n))
 
     def use(self, k):
         super().use(k)

@@ -9,15 +9,14 @@ round takes stands in a table: by the clock of the call itself, one seed would n
 import json
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 
 from data.errors import UserError
 
-FORGET = 0.05     # the share of all counts that each choice forgets: older ones weigh less
+MEMORY = 64       # forwards that are remembered, about: older ones weigh less
 PRIOR = 0.8       # AR of heads of which nothing is known yet,
 PRIOR_DRAFTS = 8  # as if so many drafts had shown it
-SWITCH = 0.05     # another number of heads must be so much better, for its caches are to be filled
+SWITCH = 0.02     # another number of heads must be so much better, for its caches are to be filled
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as with one
@@ -26,7 +25,7 @@ FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as w
 class HeadChoice:
     """
     costs   (K+1,) times of a round with 0 .. K heads, in any unit; inf: never chosen
-    past    (K+1, K+1) the part of all counts that has been forgotten
+    past    (K+1, K+1) the part of all counts that has been forgotten, or 0
     """
 
     def __init__(self, model, batch, draft_vocab=None, costs=None):
@@ -35,7 +34,8 @@ class HeadChoice:
         if isinstance(costs, (str, Path)):
             costs = read_costs(costs)
         costs = (costs or {}).get(str(batch)) or round_costs(model, batch, draft_vocab)
-        self.costs = torch.tensor(costs, dtype=torch.float64)
+        self.costs = np.array(costs, dtype=float)
+        self.past = 0
         K = model.config.n_mtp
         if len(costs) != K + 1:
             raise UserError(f"the costs are those of 0 .. {len(costs) - 1} heads; this model has "
@@ -43,20 +43,21 @@ class HeadChoice:
 
     def choose(self, accepted, now):
         """accepted (K+1, K+1), at [k, a]: how many forwards with k heads accepted a drafts, since
-        the prefill; now: how many heads run -> how many should run next"""
-        if not accepted.any():                            # a new text
-            self.past = torch.zeros_like(accepted, dtype=torch.float64)
-        recent = accepted - self.past
-        self.past += FORGET * recent
-        reached = recent.sum(0).flip(0).cumsum(0).flip(0)          # [k]: k drafts or more accepted
+        the prefill; now: how many heads run, or -1 -> how many should run next"""
+        if now < 0:                                       # a new text
+            self.past = 0
+        recent = np.array(accepted) - self.past
+        self.past = self.past + recent * max(0, 1 - MEMORY / max(1, recent.sum()))
+        reached = recent.sum(0)[::-1].cumsum()[::-1]               # [k]: k drafts or more accepted
         judged = (reached - recent.diagonal())[:-1]                # of them, where head k+1 drafted
         kept = reached[1:]
         # a head that has not run for long is as good as those that have
         prior = (kept.sum() + PRIOR_DRAFTS * PRIOR) / (judged.sum() + PRIOR_DRAFTS)
         ar = (kept + PRIOR_DRAFTS * prior) / (judged + PRIOR_DRAFTS)
-        tokens = 1 + F.pad(ar.cumprod(0).cumsum(0), (1, 0))
+        tokens = np.append(1, 1 + ar.cumprod().cumsum())
         speed = tokens / self.costs
-        speed[now] *= 1 + SWITCH
+        if now >= 0:
+            speed[now] *= 1 + SWITCH
         return int(speed.argmax())
 
 

@@ -140,6 +140,24 @@ def test_drafts_are_those_without_a_cache_under_random_numbers_of_heads(K, piece
     assert {(0, K), (K, 0), (K, K)} <= kinds
 
 
+def test_a_wide_draft_window_saves_rebuilding_and_changes_no_draft(monkeypatch):
+    """as on the fast path: then a smaller number of heads needs no rebuilding"""
+    rebuilt, rebuild = [], Decoder.rebuild
+    monkeypatch.setattr(Decoder, "draft_width", lambda self: max(self.k + 1, 7))
+
+    def spy(self, parts, rows):
+        rebuilt.append(tuple(parts))
+        return rebuild(self, parts, rows)
+    monkeypatch.setattr(Decoder, "rebuild", spy)
+    test_drafts_are_those_without_a_cache_under_random_numbers_of_heads(3, 256, monkeypatch)
+    # the prompt by the trunk; heads that were away for long, but not those before them
+    assert {(0,), (3,), (2, 3), (1, 2, 3)} <= set(rebuilt)
+    rebuilt.clear()
+    scripted(monkeypatch, [3, 2, 1, 0, 1, 3])
+    generate(counting_model(3, 40, 0.6, 1), [[0] * 9], 7, heads="auto")
+    assert rebuilt == [(0,), (1, 2, 3)], rebuilt
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_draft_distributions_are_those_without_a_cache_under_random_numbers(rule, monkeypatch):
     """numbers, not argmaxes, and all three rules"""
@@ -286,11 +304,11 @@ def test_the_number_with_the_most_tokens_per_time_is_chosen():
 def test_rounds_with_fewer_heads_judge_only_the_heads_that_ran():
     """AR_1 = 0.5 from all rounds, AR_2 = 0.9 from those with two heads: one head alone tells
     nothing of the second"""
-    choose = chooser([1.0, 1.3, 1.31])
+    choose = chooser([1.0, 1.3, 1.36])
     choose.choose(counts(2, {}), 2)
     rows = {(1, 0): 500, (1, 1): 500, (2, 0): 50, (2, 1): 5, (2, 2): 45}
     assert choose.choose(counts(2, rows), 1) == 2
-    choose = chooser([1.0, 1.3, 1.31])
+    choose = chooser([1.0, 1.3, 1.36])
     choose.choose(counts(2, {}), 2)
     assert choose.choose(counts(2, {**rows, (2, 1): 45, (2, 2): 5}), 1) == 1
 
@@ -313,8 +331,10 @@ def test_what_was_counted_long_ago_fades_and_a_head_that_sat_out_is_tried_again(
 
 def test_a_small_difference_is_not_worth_a_switch():
     zero = counts(1, {})
-    assert chooser([1.0, 1.75]).choose(zero, 1) == 1      # 1.8 tokens / 1.75: 3 % better than none
-    assert chooser([1.0, 1.75]).choose(zero, 0) == 0
+    assert chooser([1.0, 1.78]).choose(zero, 1) == 1      # 1.8 tokens / 1.78: 1 % better than none
+    assert chooser([1.0, 1.78]).choose(zero, 0) == 0
+    assert chooser([1.0, 1.75]).choose(zero, 0) == 1      # 3 %
+    assert chooser([1.0, 1.78]).choose(zero, -1) == 1     # nothing runs yet
 
 
 # ---- costs
