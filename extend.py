@@ -60,10 +60,6 @@ def freeze_all_but(model, heads):
     model.requires_grad_(False)
     for k in heads:
         model.heads[k].requires_grad_(True)
-    for k, head in enumerate(model.heads):
-        if k not in heads and any(p.requires_grad for p in head.parameters()):
-            raise UserError("the heads share weights, so that training the new ones would change "
-                            "the frozen ones; give each head its own")
 
 
 # flags of train.py that are flags here, too
@@ -174,15 +170,14 @@ def main():
         ("--resume", dict(action="store_true", help="continue the extension that wrote CKPT")),
         ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
     ], only=FLAGS)
-    rank, world = processes()
+    rank, _ = processes()
 
     # model, plan and data
     path = Path(rest["checkpoint"])
-    torch.set_float32_matmul_precision("high")
     start = resume if rest["resume"] else begin
     model, state, cfg = start(path, given, rest["heads"])
     device = train.join_processes(cfg)
-    data = train_ids, val_ids, data_meta = train.open_data_in_turn(cfg)
+    train_ids, val_ids, data_meta = train.open_data(cfg)
     train.check_data(path, cfg, data_meta, state)
     dtype, _ = pick_dtype(cfg.dtype, device)
     model.to(device)
@@ -196,14 +191,12 @@ def main():
     if rank == 0 and "before" not in plan:
         plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
     freeze_all_but(model, range(m, n))
-    after = train.train(model, cfg, *data, state)
+    after = train.train(model, cfg, train_ids, val_ids, data_meta, state)
     if rank == 0:
         print(comparison(plan["before"], after, m, cfg.steps, data_meta))
         show(f"checkpoint {cfg.out}/ckpt.pt")
         if rest["json"]:
             print(json.dumps(dict(before=plan["before"], after=after)))
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

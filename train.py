@@ -166,14 +166,12 @@ def head_weights(cfg):
     for name, text in (("alpha", cfg.alpha), ("beta", cfg.beta)):
         try:
             values = [float(part) for part in text.split(",")]
+            if len(values) == 1:
+                values = values * cfg.n_mtp
+            weights.append(distill.per_head(values, cfg.n_mtp, name))
         except ValueError:
-            values = []
-        if len(values) == 1:
-            values = values * cfg.n_mtp
-        if len(values) != cfg.n_mtp or not all(0 <= x < math.inf for x in values):
             raise UserError(f"--{name} is {text!r}; it must be one number of at least 0, or one "
-                            f"for each of the {cfg.n_mtp} heads, with commas")
-        weights.append(values)
+                            f"for each of the {cfg.n_mtp} heads, with commas") from None
     return weights
 
 
@@ -182,24 +180,19 @@ def head_weights(cfg):
 
 
 def open_data(cfg):
-    """the dataset of --data, prepared first if need be -> (train ids, val ids, meta)"""
+    """the dataset of --data, prepared first if need be: by rank 0, while the other processes wait
+    -> (train ids, val ids, meta)"""
+    rank, world = processes()
+    if rank > 0:
+        torch.distributed.barrier()
     train_ids, val_ids, meta = load_dataset(find_dataset(cfg.data, cfg.tokenizer))
     if min(len(train_ids), len(val_ids)) <= cfg.block_size:
         raise UserError(f"{cfg.data} has {len(train_ids)} training and {len(val_ids)} validation "
                         f"tokens; a window takes {cfg.block_size + 1} (block_size + 1): give more "
                         "text or a smaller --block_size")
-    return train_ids, val_ids, meta
-
-
-def open_data_in_turn(cfg):
-    """open_data, in each process; the others wait until rank 0 has prepared it"""
-    rank, world = processes()
-    if rank > 0:
-        torch.distributed.barrier()
-    data = open_data(cfg)
     if rank == 0 and world > 1:
         torch.distributed.barrier()
-    return data
+    return train_ids, val_ids, meta
 
 
 def batch_starts(cfg, step, length):
@@ -321,7 +314,6 @@ def check_moments(model, groups, moments):
             shapes[i] = [torch.Size(), p.shape, p.shape]
     found = {}
     for i, own in moments.items():
-        own = own if isinstance(own, dict) else {}
         parts = [own.get(name) for name in ("step", "exp_avg", "exp_avg_sq")]
         found[i] = [torch.is_tensor(p) and p.is_contiguous() and p.shape for p in parts]
     if found != shapes:
@@ -500,6 +492,8 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
                 result = evaluate_and_save(model, cfg, val_ids, dtype, state)
         pending = []
         clock = time.perf_counter()
+    if world > 1:
+        torch.distributed.destroy_process_group()
     return result
 
 
@@ -600,9 +594,8 @@ def resume(path, given, writer="train.py"):
         if value != fixed.get(name, value):
             raise UserError(f"--{name} {value} disagrees with the checkpoint, which has "
                             f"{fixed[name]!r}: leave the flag out, or train anew without --resume")
-    optimizer = state.get("optimizer")
-    moments = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(moments, dict) or not moments:
+    optimizer = state.get("optimizer") or {}
+    if not optimizer.get("state"):
         raise UserError(f"{path} has no optimizer state, so that training can't continue exactly; "
                         "resume another checkpoint, or train anew")
     cfg = dataclasses.replace(stored, **{
@@ -631,6 +624,7 @@ def check_data(path, cfg, meta, state, same_text=True):
 
 def join_processes(cfg):
     """-> the device of this process; torchrun's processes are connected"""
+    torch.set_float32_matmul_precision("high")     # tf32 for what stays in fp32 on a GPU
     device = pick_device(cfg.device)
     if processes()[1] > 1:
         backend = "gloo"
@@ -660,7 +654,7 @@ def main():
         ("--resume", dict(metavar="CKPT", help=resume_help)),
         ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
     ])
-    rank, world = processes()
+    rank, _ = processes()
 
     # config and device
     path = rest["resume"]
@@ -671,10 +665,9 @@ def main():
         model, state, cfg = resume(path, given)
     device = join_processes(cfg)
     dtype, why = pick_dtype(cfg.dtype, device)
-    torch.set_float32_matmul_precision("high")     # tf32 for what stays in fp32 on a GPU
 
     # data and model
-    train_ids, val_ids, meta = open_data_in_turn(cfg)
+    train_ids, val_ids, meta = open_data(cfg)
     if state:
         check_data(path, cfg, meta, state)
     else:
@@ -698,8 +691,6 @@ def main():
             show(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
         if rest["json"]:
             print(json.dumps(result))
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

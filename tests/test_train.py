@@ -808,6 +808,8 @@ def test_own_text_is_the_text_of_now(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "a/my.txt").write_text("now " + TEXT, encoding="utf-8")
     assert train.open_data(cfg[0])[2]["sha256"] not in (one["sha256"], two["sha256"])
     monkeypatch.setenv("RANK", "1")  # the process that only waits must not write
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     monkeypatch.setattr(P, "prepare", None)
     assert train.open_data(cfg[1])[2] == two
 
