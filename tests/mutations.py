@@ -42,7 +42,7 @@ MUTATIONS = [
      "std = 0.02 / math.sqrt(2 * self.config.n_layer)", "std = 0.02",
      ["test_flags.py::test_initial_weights"]),
     ("embed_std is a field of the config and nothing more", "model.py",
-     "std=self.config.embed_std)", "std=0.02)",
+     'self.config.embed_std if name == "embed.weight" else 0.02', "0.02",
      ["test_flags.py::test_initial_weights"]),
     ("heads share keys in turn, 0 1 0 1, where pretrained models have 0 0 1 1", "model.py",
      "q = rotate(q, positions.rope)",
