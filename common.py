@@ -232,7 +232,7 @@ class NoInitialValues(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.init.normal_:
-            return args[0] if args else kwargs["tensor"]
+            return kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
 

@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, parse, pick_device,
-    pick_dtype, run,
+    DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, one_line, parse,
+    pick_device, pick_dtype, run,
 )
 from data.errors import show
 from data.prepare import Tokenizer
@@ -530,7 +530,7 @@ def make_decoder(model, *args, fast="auto", **options):
             except Exception as error:                    # a compiler has many ways to fail
                 if fast == "on" or isinstance(error, torch.OutOfMemoryError):
                     raise
-                why = f"the fast path failed: {type(error).__name__}: {error}".splitlines()[0]
+                why = f"the fast path failed: {one_line(error)}"
         elif fast == "on":
             raise UserError(f"the fast path can't run here: {why}; use auto or off")
     decoder = Decoder(model, *args, **options)
@@ -538,7 +538,6 @@ def make_decoder(model, *args, fast="auto", **options):
     return decoder
 
 
-@torch.no_grad()
 def generate(
     model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top_k=None, accept="residual",
     stop_token=None, generator=None, draft_vocab=None, watch=None, fast="auto", costs=None,
@@ -573,7 +572,6 @@ def generate(
         model.train(training)
 
 
-@torch.no_grad()
 def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     """decode with a Decoder that was made for such a batch (it can serve again)"""
     decoder.prefill(prompts, max_new_tokens)
