@@ -31,6 +31,10 @@ def flag(default, help, min=0, max=1e18, choices=()):
     return dataclasses.field(default=default, metadata=dict(help=help, limits=limits))
 
 
+# beside the flags of a dataclass, see parse
+JSON_FLAG = ("--json", dict(action="store_true", help="print the results as JSON on the last line"))
+
+
 def parse(cls, text, extra=(), argv=None, only=None):
     """flags from a dataclass, or from those of its fields that `only` names
     -> (dict of the flags that were given, dict of the rest)"""
@@ -55,16 +59,6 @@ def parse(cls, text, extra=(), argv=None, only=None):
     rest = vars(parser.parse_args(argv))
     given = {field.name: rest.pop(field.name) for field in fields if field.name in rest}
     return given, rest
-
-
-def check_types(cfg):
-    """raises a UserError for the first flag whose value, from a file, is of another type"""
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        number = isinstance(value, int) and field.type is float
-        if not isinstance(value, field.type) and not number:
-            raise UserError(f"--{field.name} is {value!r}; it must be of type "
-                            f"{field.type.__name__}")
 
 
 def check_flags(cfg):

@@ -33,7 +33,9 @@ from pathlib import Path
 import torch
 
 import train
-from common import UserError, check_entries, load_checkpoint, parse, pick_dtype, processes, run
+from common import (
+    JSON_FLAG, UserError, check_entries, load_checkpoint, parse, pick_dtype, processes, run,
+)
 from data.errors import show
 from model import GPT
 
@@ -63,30 +65,30 @@ def freeze_all_but(model, heads):
 
 
 # flags of train.py that are flags here, too
-FLAGS = ("steps", "lr", "alpha", "beta", "top_n", "batch_size", "micro_batch", "data", "seed",
-         "eval_every", "eval_windows", "out", "device", "fast", "compile")
+FLAGS = ("steps lr alpha beta top_n batch_size micro_batch data seed eval_every eval_windows out "
+         "device fast compile").split()
 # how they train: by the KL alone, to all of the main head's distribution
 FIRST_HEADS = dict(alpha="0", beta="1", top_n=2.0**16)
 
 
 def extension_config(base, given, plan, n):
     """the TrainConfig of a checkpoint, changed for training heads m+1 .. n"""
-    steps = plan["first_steps"]
-    if plan["from_heads"] == 0:
-        given = {**FIRST_HEADS, **given}
-    else:
-        steps = max(1, steps // 5)
-    cfg = dataclasses.replace(
-        base, steps=steps, schedule_steps=0,
+    m = plan["from_heads"]
+    changes = dict(
+        schedule_steps=0,
         device="auto", fast="auto", compile="auto",
         keep_best=False,           # the main head is frozen: its loss can't say which is best
         kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once
     )
+    if m:
+        changes["steps"] = max(1, plan["first_steps"] // 5)
+    else:
+        changes.update(FIRST_HEADS)
     if "batch_size" in given:
-        cfg.micro_batch = 0
-    cfg = dataclasses.replace(cfg, n_mtp=plan["from_heads"], **given)
+        changes["micro_batch"] = 0
+    cfg = dataclasses.replace(base, **{**changes, **given})
     cfg.warmup = min(base.warmup, cfg.steps // 10)
-    if plan["from_heads"]:
+    if m:
         alpha, beta = train.head_weights(cfg)  # of the m heads
         if not alpha[-1] + beta[-1]:
             raise UserError("the last head was trained with alpha = beta = 0, and new heads would "
@@ -114,7 +116,7 @@ def begin(path, given, heads):
     base = train.stored_config(meta)
     torch.manual_seed(given.get("seed", base.seed))
     # float16 (of pretrained.py) is enough to store, not to train
-    model = model.to(torch.promote_types(model.weight.dtype, torch.float32))
+    model.to(torch.promote_types(model.weight.dtype, torch.float32))
     model = loop_heads(model, n)
     earlier = meta.get("extension", {})
     plan = dict(
@@ -168,7 +170,7 @@ def main():
         ("--heads", dict(type=int, help="MTP heads of the new model; default: twice as many, 4 "
                          "at first")),
         ("--resume", dict(action="store_true", help="continue the extension that wrote CKPT")),
-        ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
+        JSON_FLAG,
     ], only=FLAGS)
     rank, _ = processes()
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import decode
 import distill
 from common import (
-    DeviceFlags, UserError, append_row, autocast, check_entries, check_flags, check_types, flag,
+    JSON_FLAG, DeviceFlags, UserError, append_row, autocast, check_entries, check_flags, flag,
     keep_old, load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run,
     save_checkpoint, start_log,
 )
@@ -116,9 +116,14 @@ class TrainConfig(DeviceFlags):
 
 def stored_config(meta):
     """the TrainConfig in a checkpoint, without the flags of other versions"""
-    stored = meta["train_config"].items()
-    cfg = TrainConfig(**{name: value for name, value in stored if hasattr(TrainConfig, name)})
-    check_types(cfg)
+    cfg = TrainConfig()
+    for field in dataclasses.fields(cfg):
+        value = meta["train_config"].get(field.name, field.default)
+        number = isinstance(value, int) and field.type is float
+        if not isinstance(value, field.type) and not number:
+            raise UserError(f"--{field.name} is {value!r}; it must be of type "
+                            f"{field.type.__name__}")
+        setattr(cfg, field.name, value)
     return cfg
 
 
@@ -649,10 +654,10 @@ NEXT = """next:
 
 
 def main():
-    resume_help = "continue from this checkpoint; its config is used, except for flags given here"
     given, rest = parse(TrainConfig, __doc__, [
-        ("--resume", dict(metavar="CKPT", help=resume_help)),
-        ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
+        ("--resume", dict(metavar="CKPT", help="continue from this checkpoint; its config is used, "
+                          "except for flags given here")),
+        JSON_FLAG,
     ])
     rank, _ = processes()
 
@@ -672,7 +677,7 @@ def main():
         check_data(path, cfg, meta, state)
     else:
         model = new_model(cfg, meta["vocab_size"])
-    model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     if rank == 0:
         counts = model.count_parameters().items()
         parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts)
@@ -686,7 +691,7 @@ def main():
         show(f"\ncheckpoint {cfg.out}/ckpt.pt (--resume it with a larger --steps to train on)\n\n"
              f"{table(result, meta)}")
         if cfg.block_size > 1:     # else no room is left for a prompt and its continuation
-            show(sample(model.eval(), val_ids, meta))
+            show(sample(model, val_ids, meta))
         if cfg.n_mtp:
             show(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
         if rest["json"]:

@@ -415,7 +415,7 @@ MUTATIONS = [
      '+ ")", form):', '+ ")", form.replace("{}", text)):',
      ["test_pretrained.py::test_a_chat_is_the_template_with_the_text_as_plain_text"]),
     ("flags that are given for the first heads give way to their recipe", "extend.py",
-     "given = {**FIRST_HEADS, **given}", "given = {**given, **FIRST_HEADS}",
+     "**{**changes, **given})", "**{**given, **changes})",
      ["test_first_heads.py::test_flags_of_the_loss"]),
     ("a chat goes on past its end token, up to the end of a text", "decode.py",
      "tokenizer.end if cfg.stop", "tokenizer.eot if cfg.stop",
