@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, one_line, parse,
-    pick_device, pick_dtype, run,
+    JSON_FLAG, DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, one_line,
+    parse, pick_device, pick_dtype, run,
 )
 from data.errors import show
 from data.prepare import Tokenizer
@@ -286,7 +286,7 @@ class Decoder:
         self.stop_token = stop_token
         self.generator = generator
         self.draft_vocab = draft_vocab
-        self.check_options(accept)
+        self.check_options()
         slots = length + model.config.n_mtp + 1   # a finished sequence writes K+1 past the end
         self.cache = Cache(model, batch, slots, self.heads)
         self.row = self.cache.row                 # (B, 1), integers, as all that follow
@@ -297,7 +297,7 @@ class Decoder:
         self.accepted = self.row.new_zeros(self.heads + 1, self.heads + 1)
         self.right = self.row.new_zeros(self.heads + 1, batch)
 
-    def check_options(self, accept):
+    def check_options(self):
         """raises a UserError for options that make no sense"""
         K = self.model.config.n_mtp
         V = self.model.config.vocab_size
@@ -312,24 +312,24 @@ class Decoder:
             raise UserError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite"
             )
-        if accept not in RULES:
-            raise UserError(f"unknown accept rule {accept!r}; choose one of {', '.join(RULES)}")
+        if self.accept_rule not in RULES:
+            raise UserError(f"unknown accept rule {self.accept_rule!r}; choose one of "
+                            f"{', '.join(RULES)}")
 
     @torch.no_grad()
     def prefill(self, prompts, max_new_tokens):
         """read the prompts (lists of ids), emit each one's first token"""
-        model = self.model
-        device = self.n.device
         self.n.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         for b, prompt in enumerate(prompts):
-            self.buffer[b, : len(prompt)] = torch.tensor(prompt, device=device)
+            self.buffer[b, : len(prompt)] = torch.tensor(prompt)
         hidden = self.rebuild([0], int(self.n.max()))
-        logits = model.logits(0, hidden[:, -1])                           # (B, V)
+        logits = self.model.logits(0, hidden[:, -1])                      # (B, V)
         probs = probabilities(logits, self.temperature, self.top_k)
         noise = torch.empty_like(probs).exponential_(generator=self.generator)
         token = sample(probs, noise)
         self.buffer[self.row[:, 0], self.n] = token
-        self.limit.copy_((self.n + max_new_tokens).clamp(max=model.config.block_size) - 1)
+        end = (self.n + max_new_tokens).clamp(max=self.model.config.block_size)
+        self.limit.copy_(end - 1)
         if self.stop_token is not None:
             self.limit.copy_(torch.where(token == self.stop_token, self.n, self.limit))
         self.accepted.zero_()
@@ -340,7 +340,9 @@ class Decoder:
 
     def rebuild(self, parts, rows):
         """run the trunk (0) or heads (by number) over the last `rows` rows, PREFILL at a time. In
-        front of a shorter text, position 0 is repeated, with the same result each time"""
+        front of a shorter text, position 0 is repeated, with the same result each time
+        -> the trunk's last rows"""
+        hidden = None
         for offsets in torch.arange(-rows, 0, device=self.n.device).split(PREFILL):
             pos = (self.n[:, None] + offsets).clamp_min(0)                # (B, PREFILL) or fewer
             positions = self.model.positions(self.cache, pos)
@@ -350,7 +352,7 @@ class Decoder:
                     hidden = self.model.trunk_step(tokens, self.cache, positions)
                 else:          # a row whose token t_{i+k} isn't known yet is rebuilt by draft()
                     self.model.head_step(k, tokens, self.cache, positions)
-        return hidden if 0 in parts else None
+        return hidden
 
     @torch.no_grad()
     def use(self, k):
@@ -592,7 +594,7 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     later = tokens - len(prompts)                         # than the prefill
     accepted = decoder.accepted.sum(0).tolist()
     forwards = sum(accepted)
-    stats = Stats(
+    return new, Stats(
         forwards=forwards,
         accepted=accepted,
         drafted=decoder.accepted.sum(1).tolist(),
@@ -603,7 +605,6 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
         tokens_per_second=later / max(1e-9, seconds),
         decoder=decoder.why,
     )
-    return new, stats
 
 
 # -----------------------------------------------------------------------------
@@ -627,7 +628,7 @@ def stream(tokenizer):
 # the terminal's codes for the main head, heads 1 .. 8 (9 and more as 8) and, as the last one, what
 # was rejected; and the same for an SVG
 MAIN, REJECTED = 0, -1
-COLORS = [0, 32, 36, 34, 35, 33, 92, 96, 94, "9;31"]
+COLORS = "0 32 36 34 35 33 92 96 94 9;31".split()
 SVG_COLORS = "#222 #1a7f37 #0b7285 #1f4fd8 #8b2fb0 #9a6700 #2da44e #1098ad #4c6ef5 #bbb".split()
 
 
@@ -695,17 +696,17 @@ class DecodeConfig(DeviceFlags):
     chat: str = flag("", "instead of --prompt: a message, in the model's own chat template")
     stop: bool = flag(True, "stop at the token that ends a text or an answer")
     tokens: int = flag(200, "tokens to emit", min=1)
-    temperature: float = flag(0.8, "0 is greedy", min=0)
-    top_k: int = flag(0, "sample among the k most likely tokens only; 0: all", min=0)
+    temperature: float = flag(0.8, "0 is greedy")
+    top_k: int = flag(0, "sample among the k most likely tokens only; 0: all")
     heads: head_count = flag(
         "", "MTP heads that draft; 0: ordinary decoding; -1: all; auto: as many as pay, chosen "
         "between rounds; empty: auto where there are more than 4, else all", min=-1,
     )
     costs: str = flag("", "for --heads auto: times that `results/bench.py costs` wrote")
-    accept: str = flag("residual", "accept rule: residual | match | point", choices=tuple(RULES))
+    accept: str = flag("residual", "accept rule: residual | match | point", choices=RULES)
     seed: int = flag(1, "seed of the random numbers")
     draft_vocab: int = flag(
-        0, "draft only among the first so many ids (for BPE, the most frequent); 0: all", min=0
+        0, "draft only among the first so many ids (for BPE, the most frequent); 0: all"
     )
     svg: str = flag("", "with --trace: write the trace to this file, as a picture")
 
@@ -715,7 +716,7 @@ def load(path, device, dtype):
     device = pick_device(device)
     model, meta = load_checkpoint(path, device)
     check_entries(path, meta, tokenizer=dict)
-    model = model.to(pick_dtype(dtype, device)[0])
+    model.to(pick_dtype(dtype, device)[0])
     return model, Tokenizer(meta["tokenizer"]), meta
 
 
@@ -723,7 +724,7 @@ def main():
     given, rest = parse(DecodeConfig, __doc__, [
         ("checkpoint", dict(metavar="CKPT", help="checkpoint written by train.py or extend.py")),
         ("--trace", dict(action="store_true", help="one line per round: who drafted each token")),
-        ("--json", dict(action="store_true", help="print the result as JSON on the last line")),
+        JSON_FLAG,
     ])
     cfg = DecodeConfig(**given)
     check_flags(cfg)

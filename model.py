@@ -331,8 +331,7 @@ class GPT(nn.Module):
     def positions(self, cache, pos):
         """pos (B, T) -> Positions"""
         unseen = cache.slot > pos[:, None, :, None]                             # (B, 1, T, S)
-        mask = torch.zeros_like(unseen, dtype=self.weight.dtype)
-        mask.masked_fill_(unseen, -torch.inf)
+        mask = torch.where(unseen, -torch.inf, 0.0).to(self.weight.dtype)
         return Positions(cache.row, pos, mask, self.rope[:, pos].unsqueeze(2))
 
     def trunk_step(self, tokens, cache, positions):
