@@ -68,7 +68,7 @@ def check_flags(cfg):
         low, high, choices = field.metadata["limits"]
         if choices:
             good = value in choices
-            expected = "one of " + ", ".join(filter(None, choices))
+            expected = f"one of {', '.join(filter(None, choices))}"
         elif isinstance(value, str):
             continue
         else:
@@ -294,9 +294,10 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        trains = script in ("train.py", "extend.py")
-        advice = "; training continues from its last checkpoint with --resume OUT/ckpt.pt"
-        sys.exit("\ninterrupted" + (advice if trains else ""))
+        advice = ""
+        if script in ("train.py", "extend.py"):
+            advice = "; training continues from its last checkpoint with --resume OUT/ckpt.pt"
+        sys.exit(f"\ninterrupted{advice}")
     except BrokenPipeError:                    # `.. | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -188,10 +188,10 @@ def main():
     if rank == 0:
         source = f"copied from heads {plan['copied_from'][m:]}" if m else "random"
         show(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
+        if "before" not in plan:               # the copy, not trained yet
+            plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
 
-    # evaluate the copy, train the new heads
-    if rank == 0 and "before" not in plan:
-        plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
+    # train the new heads
     freeze_all_but(model, range(m, n))
     after = train.train(model, cfg, train_ids, val_ids, data_meta, state)
     if rank == 0:

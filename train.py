@@ -119,8 +119,8 @@ def stored_config(meta):
     cfg = TrainConfig()
     for field in dataclasses.fields(cfg):
         value = meta["train_config"].get(field.name, field.default)
-        number = isinstance(value, int) and field.type is float
-        if not isinstance(value, field.type) and not number:
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds):
             raise UserError(f"--{field.name} is {value!r}; it must be of type "
                             f"{field.type.__name__}")
         setattr(cfg, field.name, value)
@@ -312,10 +312,10 @@ def make_optimizer(model, cfg, state=None):
 def check_moments(model, groups, moments):
     """raises a UserError unless they have the shapes of the parameters: fused AdamW doesn't look.
     A head that had no loss yet has none"""
-    heads = {id(p) for p in model.heads.parameters()}
+    heads = set(model.heads.parameters())
     shapes = {}
     for i, p in enumerate(p for group in groups for p in group["params"]):
-        if i in moments or id(p) not in heads:
+        if i in moments or p not in heads:
             shapes[i] = [torch.Size(), p.shape, p.shape]
     found = {}
     for i, own in moments.items():
@@ -385,7 +385,7 @@ def compile_model(model, cfg, tokens, dtype):
         for part in parts:
             part._compiled_call_impl = None
         grad_function, why = distill.loss_and_grad, "plain (distill.py)"
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     return grad_function, why
 
 
@@ -432,7 +432,7 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
     if cfg.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return means
 
 
@@ -458,8 +458,8 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
             print(f"loss: {why}; {micro_batch} windows per forward")
     net = model
     if world > 1:
-        alpha, beta = head_weights(cfg)
-        net = DistributedDataParallel(model, find_unused_parameters=0.0 in alpha + beta)
+        unused = any(0.0 in weights for weights in head_weights(cfg))
+        net = DistributedDataParallel(model, find_unused_parameters=unused)
     result = None
     if rank == 0:
         if start == 0:
