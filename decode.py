@@ -308,7 +308,7 @@ class Decoder:
                     f"{name} is {value}; it must be from {low} to {high}, for this model has {K} "
                     f"MTP heads (0 of them: ordinary decoding) and a vocabulary of {V}"
                 )
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < torch.inf:
             raise UserError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite"
             )
@@ -625,11 +625,16 @@ def stream(tokenizer):
     return watch
 
 
+MAIN = 0
+REJECTED = -1
 # the terminal's codes for the main head, heads 1 .. 8 (9 and more as 8) and, as the last one, what
 # was rejected; and the same for an SVG
-MAIN, REJECTED = 0, -1
 COLORS = "0 32 36 34 35 33 92 96 94 9;31".split()
-SVG_COLORS = "#222 #1a7f37 #0b7285 #1f4fd8 #8b2fb0 #9a6700 #2da44e #1098ad #4c6ef5 #bbb".split()
+SVG_STYLE = """<style>
+.h0 {fill: #222}     .h1 {fill: #1a7f37}  .h2 {fill: #0b7285}  .h3 {fill: #1f4fd8}
+.h4 {fill: #8b2fb0}  .h5 {fill: #9a6700}  .h6 {fill: #2da44e}  .h7 {fill: #1098ad}
+.h8 {fill: #4c6ef5}  .h-1 {fill: #bbb; text-decoration: line-through}
+</style>"""
 
 
 def trace(tokenizer, prompt, rounds):
@@ -666,18 +671,15 @@ def paint(text, head):
 
 def svg(rounds):
     """the rounds of a trace as a picture, one line each; rejected drafts struck through"""
-    height = 20 * len(rounds) + 12
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" '
-             'font-family="monospace" font-size="14" xml:space="preserve">',
+    lines = ['<svg xmlns="http://www.w3.org/2000/svg" font-family="monospace" font-size="14" '
+             f'width="760" height="{20 * len(rounds) + 12}" xml:space="preserve">',
+             SVG_STYLE,
              '<rect width="100%" height="100%" fill="#fff"/>']
     for i, row in enumerate(rounds):
         spans = []
         for text, head in row:
-            style = f'fill="{SVG_COLORS[min(head, 8)]}"'
-            if head == REJECTED:
-                style += ' text-decoration="line-through"'
-            spans.append(f"<tspan {style}>{html.escape(text)}</tspan>")
-        lines.append(f'<text x="8" y="{20 * i + 20}">' + " ".join(spans) + "</text>")
+            spans.append(f'<tspan class="h{min(head, 8)}">{html.escape(text)}</tspan>')
+        lines.append(f'<text x="8" y="{20 * i + 20}">{" ".join(spans)}</text>')
     return "\n".join([*lines, "</svg>\n"])
 
 
@@ -752,7 +754,7 @@ def main():
     )
     text = tokenizer.decode(ids)
     if rest["trace"]:
-        show("\n" + tokenizer.decode(prompt) + text)
+        show(f"\n{tokenizer.decode(prompt)}{text}")
     if cfg.svg:
         Path(cfg.svg).write_text(svg(rounds), encoding="utf-8")
     T = model.config.block_size
