@@ -230,9 +230,10 @@ class NoInitialValues(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", **types):
     """a checkpoint's file, or the folder of its ckpt.pt
-    -> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..)"""
+    -> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..). Raises
+    a UserError where it can't be loaded, or lacks an entry that `types` names with its type"""
     path = Path(path)
     if path.is_dir():
         path = path / "ckpt.pt"
@@ -263,15 +264,11 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # of many types
         raise UserError(f"{path} can't be loaded ({one_line(error)}): it is cut short, damaged, of "
                         "another version, or not a checkpoint of train.py or extend.py") from error
-    return model.eval(), meta
-
-
-def check_entries(path, meta, **types):
-    """raises a UserError unless the checkpoint's other entries have these names and types"""
     for name, kind in types.items():
         if not isinstance(meta.get(name), kind):
             raise UserError(f"{path} has no {name}, or one of another version: it can't be used "
                             "here; give a checkpoint of train.py or extend.py")
+    return model.eval(), meta
 
 
 # -----------------------------------------------------------------------------

@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    JSON_FLAG, DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, one_line,
-    parse, pick_device, pick_dtype, run,
+    JSON_FLAG, DeviceFlags, UserError, check_flags, flag, load_checkpoint, one_line, parse,
+    pick_device, pick_dtype, run,
 )
 from data.errors import show
 from data.prepare import Tokenizer
@@ -716,8 +716,7 @@ class DecodeConfig(DeviceFlags):
 def load(path, device, dtype):
     """-> (model on the device in its dtype, tokenizer, metadata)"""
     device = pick_device(device)
-    model, meta = load_checkpoint(path, device)
-    check_entries(path, meta, tokenizer=dict)
+    model, meta = load_checkpoint(path, device, tokenizer=dict)
     model.to(pick_dtype(dtype, device)[0])
     return model, Tokenizer(meta["tokenizer"]), meta
 

@@ -33,9 +33,7 @@ from pathlib import Path
 import torch
 
 import train
-from common import (
-    JSON_FLAG, UserError, check_entries, load_checkpoint, parse, pick_dtype, processes, run,
-)
+from common import JSON_FLAG, UserError, load_checkpoint, parse, pick_dtype, processes, run
 from data.errors import show
 from model import GPT
 
@@ -109,8 +107,7 @@ def new_weights(old, n):
 
 def begin(path, given, heads):
     """a new extension -> (looped model, entries of its checkpoint, TrainConfig)"""
-    model, meta = load_checkpoint(path)
-    check_entries(path, meta, tokenizer=dict, train_config=dict)
+    model, meta = load_checkpoint(path, tokenizer=dict, train_config=dict)
     m = model.config.n_mtp
     n = heads or 2 * m or 4
     base = train.stored_config(meta)

@@ -32,9 +32,9 @@ from tqdm import tqdm
 import decode
 import distill
 from common import (
-    JSON_FLAG, DeviceFlags, UserError, append_row, autocast, check_entries, check_flags, flag,
-    keep_old, load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run,
-    save_checkpoint, start_log,
+    JSON_FLAG, DeviceFlags, UserError, append_row, autocast, check_flags, flag, keep_old,
+    load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run, save_checkpoint,
+    start_log,
 )
 from data.errors import show
 from data.prepare import Tokenizer, find_dataset, load_dataset
@@ -583,8 +583,9 @@ def resume(path, given, writer="train.py"):
     """-> (the checkpoint's model, its other entries, its config with the given flags). The run
     writes where the checkpoint lies, and keeps its schedule, whatever --steps is now. Raises a
     UserError where it can't be continued exactly, or not in this folder"""
-    model, state = load_checkpoint(path)
-    check_entries(path, state, tokenizer=dict, train_config=dict, step=int, best_loss=float)
+    model, state = load_checkpoint(
+        path, tokenizer=dict, train_config=dict, step=int, best_loss=float
+    )
     wrote = "extend.py" if "extension" in state else "train.py"
     if wrote != writer:
         raise UserError(f"{path} was written by {wrote}: resume it with "
