@@ -328,8 +328,7 @@ class Decoder:
         noise = torch.empty_like(probs).exponential_(generator=self.generator)
         token = sample(probs, noise)
         self.buffer[self.row[:, 0], self.n] = token
-        end = (self.n + max_new_tokens).clamp(max=self.model.config.block_size)
-        self.limit.copy_(end - 1)
+        self.limit.copy_((self.n + max_new_tokens).clamp(max=self.model.config.block_size) - 1)
         if self.stop_token is not None:
             self.limit.copy_(torch.where(token == self.stop_token, self.n, self.limit))
         self.accepted.zero_()
@@ -628,13 +627,14 @@ def stream(tokenizer):
 MAIN = 0
 REJECTED = -1
 # the terminal's codes for the main head, heads 1 .. 8 (9 and more as 8) and, as the last one, what
-# was rejected; and the same for an SVG
+# was rejected; and the same for an SVG, with its background
 COLORS = "0 32 36 34 35 33 92 96 94 9;31".split()
 SVG_STYLE = """<style>
 .h0 {fill: #222}     .h1 {fill: #1a7f37}  .h2 {fill: #0b7285}  .h3 {fill: #1f4fd8}
 .h4 {fill: #8b2fb0}  .h5 {fill: #9a6700}  .h6 {fill: #2da44e}  .h7 {fill: #1098ad}
 .h8 {fill: #4c6ef5}  .h-1 {fill: #bbb; text-decoration: line-through}
-</style>"""
+</style>
+<rect width="100%" height="100%" fill="#fff"/>"""
 
 
 def trace(tokenizer, prompt, rounds):
@@ -673,8 +673,7 @@ def svg(rounds):
     """the rounds of a trace as a picture, one line each; rejected drafts struck through"""
     lines = ['<svg xmlns="http://www.w3.org/2000/svg" font-family="monospace" font-size="14" '
              f'width="760" height="{20 * len(rounds) + 12}" xml:space="preserve">',
-             SVG_STYLE,
-             '<rect width="100%" height="100%" fill="#fff"/>']
+             SVG_STYLE]
     for i, row in enumerate(rounds):
         spans = []
         for text, head in row:
