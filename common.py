@@ -168,8 +168,8 @@ def save_checkpoint(path, model, **meta):
     beside and then renamed: whatever happens during the write, a complete checkpoint stays there"""
     path = Path(path)
     part = temporary(path, "part")             # its own, if two runs share a folder
-    config = dataclasses.asdict(model.config)
-    content = {"format": "mtp-d-1", "config": config, "model": model.state_dict(), **meta}
+    content = {"format": "mtp-d-1", "config": dataclasses.asdict(model.config),
+               "model": model.state_dict(), **meta}
     with writing(path):
         for left in leftovers(path, "part"):   # of runs that were killed
             left.unlink(missing_ok=True)
@@ -230,13 +230,17 @@ class NoInitialValues(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def checkpoint_file(path):
+    """a checkpoint's file, or the folder of its ckpt.pt -> the file"""
+    path = Path(path)
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
 def load_checkpoint(path, device="cpu", **types):
-    """a checkpoint's file, or the folder of its ckpt.pt
+    """a checkpoint's file or folder
     -> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..). Raises
     a UserError where it can't be loaded, or lacks an entry that `types` names with its type"""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "ckpt.pt"
+    path = checkpoint_file(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train.py and extend.py write OUT/ckpt.pt, and "
                         "keep an earlier run's as OUT/ckpt.old.pt")

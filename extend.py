@@ -33,7 +33,9 @@ from pathlib import Path
 import torch
 
 import train
-from common import JSON_FLAG, UserError, load_checkpoint, parse, pick_dtype, processes, run
+from common import (
+    JSON_FLAG, UserError, checkpoint_file, load_checkpoint, parse, pick_dtype, processes, run,
+)
 from data.errors import show
 from model import GPT
 
@@ -172,7 +174,7 @@ def main():
     rank, _ = processes()
 
     # model, plan and data
-    path = Path(rest["checkpoint"])
+    path = checkpoint_file(rest["checkpoint"])
     start = resume if rest["resume"] else begin
     model, state, cfg = start(path, given, rest["heads"])
     device = train.join_processes(cfg)

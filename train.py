@@ -32,9 +32,9 @@ from tqdm import tqdm
 import decode
 import distill
 from common import (
-    JSON_FLAG, DeviceFlags, UserError, append_row, autocast, check_flags, flag, keep_old,
-    load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run, save_checkpoint,
-    start_log,
+    JSON_FLAG, DeviceFlags, UserError, append_row, autocast, check_flags, checkpoint_file, flag,
+    keep_old, load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run,
+    save_checkpoint, start_log,
 )
 from data.errors import show
 from data.prepare import Tokenizer, find_dataset, load_dataset
@@ -583,6 +583,7 @@ def resume(path, given, writer="train.py"):
     """-> (the checkpoint's model, its other entries, its config with the given flags). The run
     writes where the checkpoint lies, and keeps its schedule, whatever --steps is now. Raises a
     UserError where it can't be continued exactly, or not in this folder"""
+    path = checkpoint_file(path)
     model, state = load_checkpoint(
         path, tokenizer=dict, train_config=dict, step=int, best_loss=float
     )
@@ -605,7 +606,7 @@ def resume(path, given, writer="train.py"):
         raise UserError(f"{path} has no optimizer state, so that training can't continue exactly; "
                         "resume another checkpoint, or train anew")
     cfg = dataclasses.replace(stored, **{
-        "out": str(Path(path).parent),
+        "out": str(path.parent),
         "schedule_steps": stored.schedule_steps or stored.steps,
         **given,
     })

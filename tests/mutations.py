@@ -239,7 +239,7 @@ MUTATIONS = [
      'temporary(path, "part")  ', 'path.with_name(path.name + ".part")  ',
      ["test_common.py::test_two_processes_may_write_one_checkpoint"]),
     ("a checkpoint is resumed where it once was, over another run's only checkpoint", "train.py",
-     '        "out": str(Path(path).parent),\n', "",
+     '        "out": str(path.parent),\n', "",
      ["test_train.py::test_a_moved_checkpoint_is_resumed_where_it_lies"]),
     ("a new run replaces the checkpoint of an earlier one", "train.py",
      "keep_old(cfg.out)", "pass",

@@ -431,6 +431,8 @@ def test_a_moved_checkpoint_is_resumed_where_it_lies(data, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "b")  # a bare file name has a folder too
     call(monkeypatch, "--resume", "ckpt.pt", "--steps=4")
     assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 4
+    call(monkeypatch, "--resume", tmp_path / "b", "--steps=5")  # the folder stands for its file
+    assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 5
 
 
 def test_resuming_overwrites_no_other_checkpoint(data, tmp_path, monkeypatch):
