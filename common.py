@@ -31,6 +31,10 @@ def flag(default, help, min=0, max=1e18, choices=()):
     return dataclasses.field(default=default, metadata=dict(help=help, limits=limits))
 
 
+# beside the flags of a dataclass, see parse
+JSON_FLAG = ("--json", dict(action="store_true", help="print the results as JSON on the last line"))
+
+
 def parse(cls, text, extra=(), argv=None, only=None):
     """flags from a dataclass, or from those of its fields that `only` names
     -> (dict of the flags that were given, dict of the rest)"""
@@ -57,16 +61,6 @@ def parse(cls, text, extra=(), argv=None, only=None):
     return given, rest
 
 
-def check_types(cfg):
-    """raises a UserError for the first flag whose value, from a file, is of another type"""
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        number = isinstance(value, int) and field.type is float
-        if not isinstance(value, field.type) and not number:
-            raise UserError(f"--{field.name} is {value!r}; it must be of type "
-                            f"{field.type.__name__}")
-
-
 def check_flags(cfg):
     """raises a UserError for the first flag with a value outside its range or its choices"""
     for field in dataclasses.fields(cfg):
@@ -74,7 +68,7 @@ def check_flags(cfg):
         low, high, choices = field.metadata["limits"]
         if choices:
             good = value in choices
-            expected = "one of " + ", ".join(filter(None, choices))
+            expected = f"one of {', '.join(filter(None, choices))}"
         elif isinstance(value, str):
             continue
         else:
@@ -174,8 +168,8 @@ def save_checkpoint(path, model, **meta):
     beside and then renamed: whatever happens during the write, a complete checkpoint stays there"""
     path = Path(path)
     part = temporary(path, "part")             # its own, if two runs share a folder
-    config = dataclasses.asdict(model.config)
-    content = {"format": "mtp-d-1", "config": config, "model": model.state_dict(), **meta}
+    content = {"format": "mtp-d-1", "config": dataclasses.asdict(model.config),
+               "model": model.state_dict(), **meta}
     with writing(path):
         for left in leftovers(path, "part"):   # of runs that were killed
             left.unlink(missing_ok=True)
@@ -232,16 +226,21 @@ class NoInitialValues(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.init.normal_:
-            return args[0] if args else kwargs["tensor"]
+            return kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
 
-def load_checkpoint(path, device="cpu"):
-    """a checkpoint's file, or the folder of its ckpt.pt
-    -> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..)"""
+def checkpoint_file(path):
+    """a checkpoint's file, or the folder of its ckpt.pt -> the file"""
     path = Path(path)
-    if path.is_dir():
-        path = path / "ckpt.pt"
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
+def load_checkpoint(path, device="cpu", **types):
+    """a checkpoint's file or folder
+    -> (GPT in eval mode, dict with all else: tokenizer, step, train config, optimizer, ..). Raises
+    a UserError where it can't be loaded, or lacks an entry that `types` names with its type"""
+    path = checkpoint_file(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train.py and extend.py write OUT/ckpt.pt, and "
                         "keep an earlier run's as OUT/ckpt.old.pt")
@@ -269,15 +268,11 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # of many types
         raise UserError(f"{path} can't be loaded ({one_line(error)}): it is cut short, damaged, of "
                         "another version, or not a checkpoint of train.py or extend.py") from error
-    return model.eval(), meta
-
-
-def check_entries(path, meta, **types):
-    """raises a UserError unless the checkpoint's other entries have these names and types"""
     for name, kind in types.items():
         if not isinstance(meta.get(name), kind):
             raise UserError(f"{path} has no {name}, or one of another version: it can't be used "
                             "here; give a checkpoint of train.py or extend.py")
+    return model.eval(), meta
 
 
 # -----------------------------------------------------------------------------
@@ -300,9 +295,10 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        trains = script in ("train.py", "extend.py")
-        advice = "; training continues from its last checkpoint with --resume OUT/ckpt.pt"
-        sys.exit("\ninterrupted" + (advice if trains else ""))
+        advice = ""
+        if script in ("train.py", "extend.py"):
+            advice = "; training continues from its last checkpoint with --resume OUT/ckpt.pt"
+        sys.exit(f"\ninterrupted{advice}")
     except BrokenPipeError:                    # `.. | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    DeviceFlags, UserError, check_entries, check_flags, flag, load_checkpoint, parse, pick_device,
-    pick_dtype, run,
+    JSON_FLAG, DeviceFlags, UserError, check_flags, flag, load_checkpoint, one_line, parse,
+    pick_device, pick_dtype, run,
 )
 from data.errors import show
 from data.prepare import Tokenizer
@@ -287,7 +287,7 @@ class Decoder:
         self.stop_token = stop_token
         self.generator = generator
         self.draft_vocab = draft_vocab
-        self.check_options(accept)
+        self.check_options()
         slots = length + model.config.n_mtp + 1   # a finished sequence writes K+1 past the end
         self.cache = Cache(model, batch, slots, self.heads)
         self.row = self.cache.row                 # (B, 1), integers, as all that follow
@@ -298,7 +298,7 @@ class Decoder:
         self.accepted = self.row.new_zeros(self.heads + 1, self.heads + 1)
         self.right = self.row.new_zeros(self.heads + 1, batch)
 
-    def check_options(self, accept):
+    def check_options(self):
         """raises a UserError for options that make no sense"""
         K = self.model.config.n_mtp
         V = self.model.config.vocab_size
@@ -309,28 +309,27 @@ class Decoder:
                     f"{name} is {value}; it must be from {low} to {high}, for this model has {K} "
                     f"MTP heads (0 of them: ordinary decoding) and a vocabulary of {V}"
                 )
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < torch.inf:
             raise UserError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite"
             )
-        if accept not in RULES:
-            raise UserError(f"unknown accept rule {accept!r}; choose one of {', '.join(RULES)}")
+        if self.accept_rule not in RULES:
+            raise UserError(f"unknown accept rule {self.accept_rule!r}; choose one of "
+                            f"{', '.join(RULES)}")
 
     @torch.no_grad()
     def prefill(self, prompts, max_new_tokens):
         """read the prompts (lists of ids), emit each one's first token"""
-        model = self.model
-        device = self.n.device
         self.n.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         for b, prompt in enumerate(prompts):
-            self.buffer[b, : len(prompt)] = torch.tensor(prompt, device=device)
+            self.buffer[b, : len(prompt)] = torch.tensor(prompt)
         hidden = self.rebuild([0], int(self.n.max()))
-        logits = model.logits(0, hidden[:, -1])                           # (B, V)
+        logits = self.model.logits(0, hidden[:, -1])                      # (B, V)
         probs = probabilities(logits, self.temperature, self.top_k)
         noise = torch.empty_like(probs).exponential_(generator=self.generator)
         token = sample(probs, noise)
         self.buffer[self.row[:, 0], self.n] = token
-        self.limit.copy_((self.n + max_new_tokens).clamp(max=model.config.block_size) - 1)
+        self.limit.copy_((self.n + max_new_tokens).clamp(max=self.model.config.block_size) - 1)
         if self.stop_token is not None:
             self.limit.copy_(torch.where(token == self.stop_token, self.n, self.limit))
         self.accepted.zero_()
@@ -340,7 +339,9 @@ class Decoder:
 
     def rebuild(self, parts, rows):
         """run the trunk (0) or heads (by number) over the last `rows` rows, PREFILL at a time. In
-        front of a shorter text, position 0 is repeated, with the same result each time"""
+        front of a shorter text, position 0 is repeated, with the same result each time
+        -> the trunk's last rows"""
+        hidden = None
         for offsets in torch.arange(-rows, 0, device=self.n.device).split(PREFILL):
             pos = (self.n[:, None] + offsets).clamp_min(0)                # (B, PREFILL) or fewer
             positions = self.model.positions(self.cache, pos)
@@ -350,7 +351,7 @@ class Decoder:
                     hidden = self.model.trunk_step(tokens, self.cache, positions)
                 else:          # a row whose token t_{i+k} isn't known yet is rebuilt by draft()
                     self.model.head_step(k, tokens, self.cache, positions)
-        return hidden if 0 in parts else None
+        return hidden
 
     @torch.no_grad()
     def use(self, k):
@@ -539,7 +540,7 @@ def make_decoder(model, *args, fast="auto", **options):
             except Exception as error:                    # a compiler has many ways to fail
                 if fast == "on" or isinstance(error, torch.OutOfMemoryError):
                     raise
-                why = f"the fast path failed: {type(error).__name__}: {error}".splitlines()[0]
+                why = f"the fast path failed: {one_line(error)}"
         elif fast == "on":
             raise UserError(f"the fast path can't run here: {why}; use auto or off")
     decoder = Decoder(model, *args, **options)
@@ -547,7 +548,6 @@ def make_decoder(model, *args, fast="auto", **options):
     return decoder
 
 
-@torch.no_grad()
 def generate(
     model, prompts, max_new_tokens, *, heads=None, temperature=0.0, top_k=None, accept="residual",
     stop_token=None, generator=None, draft_vocab=None, watch=None, fast="auto", costs=None,
@@ -582,7 +582,6 @@ def generate(
         model.train(training)
 
 
-@torch.no_grad()
 def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     """decode with a Decoder that was made for such a batch (it can serve again)"""
     decoder.prefill(prompts, max_new_tokens)
@@ -603,7 +602,7 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     later = tokens - len(prompts)                         # than the prefill
     accepted = decoder.accepted.sum(0).tolist()
     forwards = sum(accepted)
-    stats = Stats(
+    return new, Stats(
         forwards=forwards,
         accepted=accepted,
         drafted=decoder.accepted.sum(1).tolist(),
@@ -614,7 +613,6 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
         tokens_per_second=later / max(1e-9, seconds),
         decoder=decoder.why,
     )
-    return new, stats
 
 
 # -----------------------------------------------------------------------------
@@ -635,11 +633,17 @@ def stream(tokenizer):
     return watch
 
 
+MAIN = 0
+REJECTED = -1
 # the terminal's codes for the main head, heads 1 .. 8 (9 and more as 8) and, as the last one, what
-# was rejected; and the same for an SVG
-MAIN, REJECTED = 0, -1
-COLORS = [0, 32, 36, 34, 35, 33, 92, 96, 94, "9;31"]
-SVG_COLORS = "#222 #1a7f37 #0b7285 #1f4fd8 #8b2fb0 #9a6700 #2da44e #1098ad #4c6ef5 #bbb".split()
+# was rejected; and the same for an SVG, with its background
+COLORS = "0 32 36 34 35 33 92 96 94 9;31".split()
+SVG_STYLE = """<style>
+.h0 {fill: #222}     .h1 {fill: #1a7f37}  .h2 {fill: #0b7285}  .h3 {fill: #1f4fd8}
+.h4 {fill: #8b2fb0}  .h5 {fill: #9a6700}  .h6 {fill: #2da44e}  .h7 {fill: #1098ad}
+.h8 {fill: #4c6ef5}  .h-1 {fill: #bbb; text-decoration: line-through}
+</style>
+<rect width="100%" height="100%" fill="#fff"/>"""
 
 
 def trace(tokenizer, prompt, rounds):
@@ -676,18 +680,14 @@ def paint(text, head):
 
 def svg(rounds):
     """the rounds of a trace as a picture, one line each; rejected drafts struck through"""
-    height = 20 * len(rounds) + 12
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" '
-             'font-family="monospace" font-size="14" xml:space="preserve">',
-             '<rect width="100%" height="100%" fill="#fff"/>']
+    lines = ['<svg xmlns="http://www.w3.org/2000/svg" font-family="monospace" font-size="14" '
+             f'width="760" height="{20 * len(rounds) + 12}" xml:space="preserve">',
+             SVG_STYLE]
     for i, row in enumerate(rounds):
         spans = []
         for text, head in row:
-            style = f'fill="{SVG_COLORS[min(head, 8)]}"'
-            if head == REJECTED:
-                style += ' text-decoration="line-through"'
-            spans.append(f"<tspan {style}>{html.escape(text)}</tspan>")
-        lines.append(f'<text x="8" y="{20 * i + 20}">' + " ".join(spans) + "</text>")
+            spans.append(f'<tspan class="h{min(head, 8)}">{html.escape(text)}</tspan>')
+        lines.append(f'<text x="8" y="{20 * i + 20}">{" ".join(spans)}</text>')
     return "\n".join([*lines, "</svg>\n"])
 
 
@@ -706,17 +706,17 @@ class DecodeConfig(DeviceFlags):
     chat: str = flag("", "instead of --prompt: a message, in the model's own chat template")
     stop: bool = flag(True, "stop at the token that ends a text or an answer")
     tokens: int = flag(200, "tokens to emit", min=1)
-    temperature: float = flag(0.8, "0 is greedy", min=0)
-    top_k: int = flag(0, "sample among the k most likely tokens only; 0: all", min=0)
+    temperature: float = flag(0.8, "0 is greedy")
+    top_k: int = flag(0, "sample among the k most likely tokens only; 0: all")
     heads: head_count = flag(
         "", "MTP heads that draft; 0: ordinary decoding; -1: all; auto: as many as pay, chosen "
         "between rounds; empty: auto where there are more than 4, else all", min=-1,
     )
     costs: str = flag("", "for --heads auto: times that `results/bench.py costs` wrote")
-    accept: str = flag("residual", "accept rule: residual | match | point", choices=tuple(RULES))
+    accept: str = flag("residual", "accept rule: residual | match | point", choices=RULES)
     seed: int = flag(1, "seed of the random numbers")
     draft_vocab: int = flag(
-        0, "draft only among the first so many ids (for BPE, the most frequent); 0: all", min=0
+        0, "draft only among the first so many ids (for BPE, the most frequent); 0: all"
     )
     svg: str = flag("", "with --trace: write the trace to this file, as a picture")
 
@@ -724,9 +724,8 @@ class DecodeConfig(DeviceFlags):
 def load(path, device, dtype):
     """-> (model on the device in its dtype, tokenizer, metadata)"""
     device = pick_device(device)
-    model, meta = load_checkpoint(path, device)
-    check_entries(path, meta, tokenizer=dict)
-    model = model.to(pick_dtype(dtype, device)[0])
+    model, meta = load_checkpoint(path, device, tokenizer=dict)
+    model.to(pick_dtype(dtype, device)[0])
     return model, Tokenizer(meta["tokenizer"]), meta
 
 
@@ -734,7 +733,7 @@ def main():
     given, rest = parse(DecodeConfig, __doc__, [
         ("checkpoint", dict(metavar="CKPT", help="checkpoint written by train.py or extend.py")),
         ("--trace", dict(action="store_true", help="one line per round: who drafted each token")),
-        ("--json", dict(action="store_true", help="print the result as JSON on the last line")),
+        JSON_FLAG,
     ])
     cfg = DecodeConfig(**given)
     check_flags(cfg)
@@ -762,7 +761,7 @@ def main():
     )
     text = tokenizer.decode(ids)
     if rest["trace"]:
-        show("\n" + tokenizer.decode(prompt) + text)
+        show(f"\n{tokenizer.decode(prompt)}{text}")
     if cfg.svg:
         Path(cfg.svg).write_text(svg(rounds), encoding="utf-8")
     T = model.config.block_size

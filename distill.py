@@ -181,12 +181,6 @@ def chunk_size(targets, logits_per_target, at_most):
     return size
 
 
-def cross_entropy(hidden, weight, targets):
-    """hidden (B, T, d), weight (V, d), targets (B, T) -> the mean, a scalar"""
-    logits = to_float32(hidden @ weight.T)                      # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def aligned(hidden, targets, heads):
     """the rows of the table above for R of the heads, in the order of `heads`, without its first K
     columns, which have gaps: column j of row k is h^k_{j-k} -> hidden states (R, C, d), their
@@ -251,12 +245,12 @@ def mtp_loss(
             del logits, d_logits                                # before the next chunk's are made
     loss = (head_weights * means).sum()
     d_rows = torch.cat(d_rows, dim=1)
-    d_weight = d_weight.to(weight.dtype)
-    loss = KnownGradient.apply(loss, rows, weight, d_rows, d_weight)
+    loss = KnownGradient.apply(loss, rows, weight, d_rows, d_weight.to(weight.dtype))
     result = means.new_zeros(2, K + 1)                          # 0 for the heads left out
     result[:, used] = means
     if K:  # the first K targets lack rows: they teach the main head alone
-        first = cross_entropy(hidden[0][:, :K], weight, targets[:, :K])
+        logits = to_float32(hidden[0][:, :K] @ weight.T)        # (B, K, V)
+        first = F.cross_entropy(logits.flatten(0, 1), targets[:, :K].flatten())
         loss = loss + (1 - main_share) * first
         result[0, 0] = main_share * result[0, 0] + (1 - main_share) * first.detach()
     return loss, result[0], result[1, 1:]

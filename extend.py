@@ -33,7 +33,9 @@ from pathlib import Path
 import torch
 
 import train
-from common import UserError, check_entries, load_checkpoint, parse, pick_dtype, processes, run
+from common import (
+    JSON_FLAG, UserError, checkpoint_file, load_checkpoint, parse, pick_dtype, processes, run,
+)
 from data.errors import show
 from model import GPT
 
@@ -60,37 +62,33 @@ def freeze_all_but(model, heads):
     model.requires_grad_(False)
     for k in heads:
         model.heads[k].requires_grad_(True)
-    for k, head in enumerate(model.heads):
-        if k not in heads and any(p.requires_grad for p in head.parameters()):
-            raise UserError("the heads share weights, so that training the new ones would change "
-                            "the frozen ones; give each head its own")
 
 
 # flags of train.py that are flags here, too
-FLAGS = ("steps", "lr", "alpha", "beta", "top_n", "batch_size", "micro_batch", "data", "seed",
-         "eval_every", "eval_windows", "out", "device", "fast", "compile")
+FLAGS = ("steps lr alpha beta top_n batch_size micro_batch data seed eval_every eval_windows out "
+         "device fast compile").split()
 # how they train: by the KL alone, to all of the main head's distribution
 FIRST_HEADS = dict(alpha="0", beta="1", top_n=2.0**16)
 
 
 def extension_config(base, given, plan, n):
     """the TrainConfig of a checkpoint, changed for training heads m+1 .. n"""
-    steps = plan["first_steps"]
-    if plan["from_heads"] == 0:
-        given = {**FIRST_HEADS, **given}
-    else:
-        steps = max(1, steps // 5)
-    cfg = dataclasses.replace(
-        base, steps=steps, schedule_steps=0,
+    m = plan["from_heads"]
+    changes = dict(
+        schedule_steps=0,
         device="auto", fast="auto", compile="auto",
         keep_best=False,           # the main head is frozen: its loss can't say which is best
         kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once
     )
+    if m:
+        changes["steps"] = max(1, plan["first_steps"] // 5)
+    else:
+        changes.update(FIRST_HEADS)
     if "batch_size" in given:
-        cfg.micro_batch = 0
-    cfg = dataclasses.replace(cfg, n_mtp=plan["from_heads"], **given)
+        changes["micro_batch"] = 0
+    cfg = dataclasses.replace(base, **{**changes, **given})
     cfg.warmup = min(base.warmup, cfg.steps // 10)
-    if plan["from_heads"]:
+    if m:
         alpha, beta = train.head_weights(cfg)  # of the m heads
         if not alpha[-1] + beta[-1]:
             raise UserError("the last head was trained with alpha = beta = 0, and new heads would "
@@ -111,14 +109,13 @@ def new_weights(old, n):
 
 def begin(path, given, heads):
     """a new extension -> (looped model, entries of its checkpoint, TrainConfig)"""
-    model, meta = load_checkpoint(path)
-    check_entries(path, meta, tokenizer=dict, train_config=dict)
+    model, meta = load_checkpoint(path, tokenizer=dict, train_config=dict)
     m = model.config.n_mtp
     n = heads or 2 * m or 4
     base = train.stored_config(meta)
     torch.manual_seed(given.get("seed", base.seed))
     # float16 (of pretrained.py) is enough to store, not to train
-    model = model.to(torch.promote_types(model.weight.dtype, torch.float32))
+    model.to(torch.promote_types(model.weight.dtype, torch.float32))
     model = loop_heads(model, n)
     earlier = meta.get("extension", {})
     plan = dict(
@@ -172,17 +169,16 @@ def main():
         ("--heads", dict(type=int, help="MTP heads of the new model; default: twice as many, 4 "
                          "at first")),
         ("--resume", dict(action="store_true", help="continue the extension that wrote CKPT")),
-        ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
+        JSON_FLAG,
     ], only=FLAGS)
-    rank, world = processes()
+    rank, _ = processes()
 
     # model, plan and data
-    path = Path(rest["checkpoint"])
-    torch.set_float32_matmul_precision("high")
+    path = checkpoint_file(rest["checkpoint"])
     start = resume if rest["resume"] else begin
     model, state, cfg = start(path, given, rest["heads"])
     device = train.join_processes(cfg)
-    data = train_ids, val_ids, data_meta = train.open_data_in_turn(cfg)
+    train_ids, val_ids, data_meta = train.open_data(cfg)
     train.check_data(path, cfg, data_meta, state)
     dtype, _ = pick_dtype(cfg.dtype, device)
     model.to(device)
@@ -191,19 +187,17 @@ def main():
     if rank == 0:
         source = f"copied from heads {plan['copied_from'][m:]}" if m else "random"
         show(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
+        if "before" not in plan:               # the copy, not trained yet
+            plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
 
-    # evaluate the copy, train the new heads
-    if rank == 0 and "before" not in plan:
-        plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)
+    # train the new heads
     freeze_all_but(model, range(m, n))
-    after = train.train(model, cfg, *data, state)
+    after = train.train(model, cfg, train_ids, val_ids, data_meta, state)
     if rank == 0:
         print(comparison(plan["before"], after, m, cfg.steps, data_meta))
         show(f"checkpoint {cfg.out}/ckpt.pt")
         if rest["json"]:
             print(json.dumps(dict(before=plan["before"], after=after)))
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -49,9 +49,12 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in (
+            "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "embed_std", "rope_base",
+            "norm_eps",
+        ):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd is {self.n_embd} with n_head {self.n_head}; n_embd / n_head must be a "
@@ -64,9 +67,6 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        for name in ("embed_std", "rope_base", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.n_kv_head < 0 or self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head is {self.n_kv_head}; it must divide n_head {self.n_head}")
         if self.swiglu < 0:
@@ -252,11 +252,10 @@ class GPT(nn.Module):
         self._init_weights()
 
     def _init_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.embed_std)
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:               # all but the norms' vectors
+                std = self.config.embed_std if name == "embed.weight" else 0.02
+                nn.init.normal_(weight, std=std)
         # what is added to the residual stream starts smaller, as in GPT-2
         std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, weight in self.named_parameters():
@@ -332,8 +331,7 @@ class GPT(nn.Module):
     def positions(self, cache, pos):
         """pos (B, T) -> Positions"""
         unseen = cache.slot > pos[:, None, :, None]                             # (B, 1, T, S)
-        mask = torch.zeros_like(unseen, dtype=self.weight.dtype)
-        mask.masked_fill_(unseen, -torch.inf)
+        mask = torch.where(unseen, -torch.inf, 0.0).to(self.weight.dtype)
         return Positions(cache.row, pos, mask, self.rope[:, pos].unsqueeze(2))
 
     def trunk_step(self, tokens, cache, positions):

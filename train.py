@@ -32,7 +32,7 @@ from tqdm import tqdm
 import decode
 import distill
 from common import (
-    DeviceFlags, UserError, append_row, autocast, check_entries, check_flags, check_types, flag,
+    JSON_FLAG, DeviceFlags, UserError, append_row, autocast, check_flags, checkpoint_file, flag,
     keep_old, load_checkpoint, one_line, parse, pick_device, pick_dtype, processes, run,
     save_checkpoint, start_log,
 )
@@ -116,9 +116,14 @@ class TrainConfig(DeviceFlags):
 
 def stored_config(meta):
     """the TrainConfig in a checkpoint, without the flags of other versions"""
-    stored = meta["train_config"].items()
-    cfg = TrainConfig(**{name: value for name, value in stored if hasattr(TrainConfig, name)})
-    check_types(cfg)
+    cfg = TrainConfig()
+    for field in dataclasses.fields(cfg):
+        value = meta["train_config"].get(field.name, field.default)
+        kinds = (int, float) if field.type is float else field.type
+        if not isinstance(value, kinds):
+            raise UserError(f"--{field.name} is {value!r}; it must be of type "
+                            f"{field.type.__name__}")
+        setattr(cfg, field.name, value)
     return cfg
 
 
@@ -166,14 +171,12 @@ def head_weights(cfg):
     for name, text in (("alpha", cfg.alpha), ("beta", cfg.beta)):
         try:
             values = [float(part) for part in text.split(",")]
+            if len(values) == 1:
+                values = values * cfg.n_mtp
+            weights.append(distill.per_head(values, cfg.n_mtp, name))
         except ValueError:
-            values = []
-        if len(values) == 1:
-            values = values * cfg.n_mtp
-        if len(values) != cfg.n_mtp or not all(0 <= x < math.inf for x in values):
             raise UserError(f"--{name} is {text!r}; it must be one number of at least 0, or one "
-                            f"for each of the {cfg.n_mtp} heads, with commas")
-        weights.append(values)
+                            f"for each of the {cfg.n_mtp} heads, with commas") from None
     return weights
 
 
@@ -182,24 +185,19 @@ def head_weights(cfg):
 
 
 def open_data(cfg):
-    """the dataset of --data, prepared first if need be -> (train ids, val ids, meta)"""
+    """the dataset of --data, prepared first if need be: by rank 0, while the other processes wait
+    -> (train ids, val ids, meta)"""
+    rank, world = processes()
+    if rank > 0:
+        torch.distributed.barrier()
     train_ids, val_ids, meta = load_dataset(find_dataset(cfg.data, cfg.tokenizer))
     if min(len(train_ids), len(val_ids)) <= cfg.block_size:
         raise UserError(f"{cfg.data} has {len(train_ids)} training and {len(val_ids)} validation "
                         f"tokens; a window takes {cfg.block_size + 1} (block_size + 1): give more "
                         "text or a smaller --block_size")
-    return train_ids, val_ids, meta
-
-
-def open_data_in_turn(cfg):
-    """open_data, in each process; the others wait until rank 0 has prepared it"""
-    rank, world = processes()
-    if rank > 0:
-        torch.distributed.barrier()
-    data = open_data(cfg)
     if rank == 0 and world > 1:
         torch.distributed.barrier()
-    return data
+    return train_ids, val_ids, meta
 
 
 def batch_starts(cfg, step, length):
@@ -314,14 +312,13 @@ def make_optimizer(model, cfg, state=None):
 def check_moments(model, groups, moments):
     """raises a UserError unless they have the shapes of the parameters: fused AdamW doesn't look.
     A head that had no loss yet has none"""
-    heads = {id(p) for p in model.heads.parameters()}
+    heads = set(model.heads.parameters())
     shapes = {}
     for i, p in enumerate(p for group in groups for p in group["params"]):
-        if i in moments or id(p) not in heads:
+        if i in moments or p not in heads:
             shapes[i] = [torch.Size(), p.shape, p.shape]
     found = {}
     for i, own in moments.items():
-        own = own if isinstance(own, dict) else {}
         parts = [own.get(name) for name in ("step", "exp_avg", "exp_avg_sq")]
         found[i] = [torch.is_tensor(p) and p.is_contiguous() and p.shape for p in parts]
     if found != shapes:
@@ -388,7 +385,7 @@ def compile_model(model, cfg, tokens, dtype):
         for part in parts:
             part._compiled_call_impl = None
         grad_function, why = distill.loss_and_grad, "plain (distill.py)"
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     return grad_function, why
 
 
@@ -435,7 +432,7 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
     if cfg.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return means
 
 
@@ -461,8 +458,8 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
             print(f"loss: {why}; {micro_batch} windows per forward")
     net = model
     if world > 1:
-        alpha, beta = head_weights(cfg)
-        net = DistributedDataParallel(model, find_unused_parameters=0.0 in alpha + beta)
+        unused = any(0.0 in weights for weights in head_weights(cfg))
+        net = DistributedDataParallel(model, find_unused_parameters=unused)
     result = None
     if rank == 0:
         if start == 0:
@@ -500,6 +497,8 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
                 result = evaluate_and_save(model, cfg, val_ids, dtype, state)
         pending = []
         clock = time.perf_counter()
+    if world > 1:                              # rank 0 alone goes on
+        torch.distributed.destroy_process_group()
     return result
 
 
@@ -584,8 +583,10 @@ def resume(path, given, writer="train.py"):
     """-> (the checkpoint's model, its other entries, its config with the given flags). The run
     writes where the checkpoint lies, and keeps its schedule, whatever --steps is now. Raises a
     UserError where it can't be continued exactly, or not in this folder"""
-    model, state = load_checkpoint(path)
-    check_entries(path, state, tokenizer=dict, train_config=dict, step=int, best_loss=float)
+    path = checkpoint_file(path)
+    model, state = load_checkpoint(
+        path, tokenizer=dict, train_config=dict, step=int, best_loss=float
+    )
     wrote = "extend.py" if "extension" in state else "train.py"
     if wrote != writer:
         raise UserError(f"{path} was written by {wrote}: resume it with "
@@ -600,13 +601,12 @@ def resume(path, given, writer="train.py"):
         if value != fixed.get(name, value):
             raise UserError(f"--{name} {value} disagrees with the checkpoint, which has "
                             f"{fixed[name]!r}: leave the flag out, or train anew without --resume")
-    optimizer = state.get("optimizer")
-    moments = optimizer.get("state") if isinstance(optimizer, dict) else None
-    if not isinstance(moments, dict) or not moments:
+    optimizer = state.get("optimizer") or {}
+    if not optimizer.get("state"):
         raise UserError(f"{path} has no optimizer state, so that training can't continue exactly; "
                         "resume another checkpoint, or train anew")
     cfg = dataclasses.replace(stored, **{
-        "out": str(Path(path).parent),
+        "out": str(path.parent),
         "schedule_steps": stored.schedule_steps or stored.steps,
         **given,
     })
@@ -631,6 +631,7 @@ def check_data(path, cfg, meta, state, same_text=True):
 
 def join_processes(cfg):
     """-> the device of this process; torchrun's processes are connected"""
+    torch.set_float32_matmul_precision("high")     # tf32 for what stays in fp32 on a GPU
     device = pick_device(cfg.device)
     if processes()[1] > 1:
         backend = "gloo"
@@ -655,12 +656,12 @@ NEXT = """next:
 
 
 def main():
-    resume_help = "continue from this checkpoint; its config is used, except for flags given here"
     given, rest = parse(TrainConfig, __doc__, [
-        ("--resume", dict(metavar="CKPT", help=resume_help)),
-        ("--json", dict(action="store_true", help="print the results as JSON on the last line")),
+        ("--resume", dict(metavar="CKPT", help="continue from this checkpoint; its config is used, "
+                          "except for flags given here")),
+        JSON_FLAG,
     ])
-    rank, world = processes()
+    rank, _ = processes()
 
     # config and device
     path = rest["resume"]
@@ -671,15 +672,14 @@ def main():
         model, state, cfg = resume(path, given)
     device = join_processes(cfg)
     dtype, why = pick_dtype(cfg.dtype, device)
-    torch.set_float32_matmul_precision("high")     # tf32 for what stays in fp32 on a GPU
 
     # data and model
-    train_ids, val_ids, meta = open_data_in_turn(cfg)
+    train_ids, val_ids, meta = open_data(cfg)
     if state:
         check_data(path, cfg, meta, state)
     else:
         model = new_model(cfg, meta["vocab_size"])
-    model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     if rank == 0:
         counts = model.count_parameters().items()
         parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts)
@@ -693,13 +693,11 @@ def main():
         show(f"\ncheckpoint {cfg.out}/ckpt.pt (--resume it with a larger --steps to train on)\n\n"
              f"{table(result, meta)}")
         if cfg.block_size > 1:     # else no room is left for a prompt and its continuation
-            show(sample(model.eval(), val_ids, meta))
+            show(sample(model, val_ids, meta))
         if cfg.n_mtp:
             show(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
         if rest["json"]:
             print(json.dumps(result))
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -394,7 +394,8 @@ def test_defaults_come_from_the_checkpoint(base, tmp_path, monkeypatch):
         patch.chdir(base.parent / "deep")
         call(patch, "../ckpt.pt", "--heads", 3, "--steps", 0)
         call(patch, base, "--heads", 3, "--steps", 0)
-    assert [path.parent for path in seen] == [base.parent.resolve().with_name("toy-3")] * 3
+        call(patch, base.parent, "--heads", 3, "--steps", 0)
+    assert [path.parent for path in seen] == [base.parent.resolve().with_name("toy-3")] * 4
 
 
 def test_help_tells_every_flag(monkeypatch, capsys):

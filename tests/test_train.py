@@ -437,6 +437,8 @@ def test_a_moved_checkpoint_is_resumed_where_it_lies(data, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / "b")  # a bare file name has a folder too
     call(monkeypatch, "--resume", "ckpt.pt", "--steps=4")
     assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 4
+    call(monkeypatch, "--resume", tmp_path / "b", "--steps=5")  # the folder stands for its file
+    assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 5
 
 
 def test_resuming_overwrites_no_other_checkpoint(data, tmp_path, monkeypatch):
@@ -780,6 +782,8 @@ def test_own_text_is_the_text_of_now(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "a/my.txt").write_text("now " + TEXT, encoding="utf-8")
     assert train.open_data(cfg[0])[2]["sha256"] not in (one["sha256"], two["sha256"])
     monkeypatch.setenv("RANK", "1")  # the process that only waits must not write
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     monkeypatch.setattr(P, "prepare", None)
     assert train.open_data(cfg[1])[2] == two
 
