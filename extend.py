@@ -58,10 +58,14 @@ def loop_heads(model, n_mtp):
 
 
 def freeze_all_but(model, heads):
-    """only the given heads (indices from 0) keep a gradient"""
+    """only the given heads (a range of indices from 0) keep a gradient"""
     model.requires_grad_(False)
     for k in heads:
         model.heads[k].requires_grad_(True)
+    for head in model.heads[: heads[0]]:
+        if any(p.requires_grad for p in head.parameters()):
+            raise UserError("the heads share weights, so that training the new ones would change "
+                            "the frozen ones; give each head its own")
 
 
 # flags of train.py that are flags here, too
