@@ -21,7 +21,7 @@ from test_decode import (
 import decode
 from common import UserError
 from decode import Decoder, generate
-from fast.heads import HeadChoice, read_costs, round_costs
+from fast.heads import MEMORY, HeadChoice, read_costs, round_costs
 
 pytestmark = pytest.mark.usefixtures("float64")
 RULES = ["residual", "point", "match"]
@@ -217,8 +217,9 @@ def test_the_same_seed_is_the_same_text_and_watching_changes_nothing():
     assert sampled(model, seed=2)[0] != texts
     # a decoder that is used again starts anew
     generator = torch.Generator().manual_seed(1)
-    decoder = Decoder(model, 2, 80, "auto", 0.9, generator=generator, costs=COSTS)
-    decode.run_decoder(decoder, [[5, 6], [1]], 30)
+    decoder = Decoder(model, 2, 120, "auto", 0.9, generator=generator, costs=COSTS)
+    _, first = decode.run_decoder(decoder, [[5, 6], [1]], 110)
+    assert first.forwards > MEMORY                        # so that some of it was forgotten
     generator.manual_seed(1)
     got, last = decode.run_decoder(decoder, [[0], [3, 4]], 60)
     assert got == texts and last.drafted == stats.drafted
