@@ -3,6 +3,8 @@ entropy.py: where are drafts accepted? The acceptance of the MTP heads by the en
 head that verifies them.
 
     python results/entropy.py CKPT [CKPT ..] --json       called by reproduce.py --part entropy
+    python results/entropy.py CKPT --by confidence        by the draft's own probability instead:
+                                                          does a head know when it is right?
 
 Each checkpoint is run on the validation windows that train.py evaluates it on, teacher-forced. Row
 i of head k and row i+k of the main head predict the same token (decode.accepted_lengths); the
@@ -10,6 +12,9 @@ entropy of the second, in nats, puts the pair into a bin. Two heads are measured
 there is a row for it, and head K where the drafts of heads 1 .. K-1 were the main head's choice.
 With K > 1, head 1 has K-1 more rows per window here than in train.evaluate, which asks for all K
 drafts.
+
+Confidence is the largest probability that the head itself gives: unlike the entropy of the main
+head it is known while drafting, so that a decoder could stop there.
 """
 
 import argparse
@@ -29,44 +34,50 @@ from distill import to_float32  # noqa: E402
 
 # where each bin begins, in nats; it ends before the next one, the last is open
 EDGES = (0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8)
+CONFIDENCE_EDGES = tuple(i / 10 for i in range(10))
 
 
-def tally(main, draft):
+def tally(main, draft, by="entropy"):
     """
     logits of the main head and of a draft for the same tokens, (n, V) each -> (4, bins), sums by
-    the entropy of the main head: the number of rows, their entropy, how many argmaxes are equal,
-    and sum of min(p, q) = 1 - TV, the probability that a sampled draft is accepted
+    the entropy of the main head, or by the draft's confidence: the number of rows, their entropy or
+    confidence, how many argmaxes are equal, and sum of min(p, q) = 1 - TV, the probability that a
+    sampled draft is accepted
     """
     p = to_float32(main).softmax(-1)
     q = to_float32(draft).softmax(-1)
-    entropy = torch.special.entr(p).sum(-1)
+    if by == "entropy":
+        key = torch.special.entr(p).sum(-1)
+        edges = EDGES
+    else:
+        key = q.amax(-1)
+        edges = CONFIDENCE_EDGES
     same = main.argmax(-1) == draft.argmax(-1)
     overlap = torch.minimum(p, q).sum(-1)
-    edges = torch.tensor(EDGES[1:], dtype=entropy.dtype)
-    bins = torch.bucketize(entropy.cpu(), edges, right=True)
+    bins = torch.bucketize(key.cpu(), torch.tensor(edges[1:], dtype=key.dtype), right=True)
     sums = []
-    for values in (torch.ones_like(entropy), entropy, same, overlap):
-        sums.append(torch.bincount(bins, values.cpu().double(), len(EDGES)))
+    for values in (torch.ones_like(key), key, same, overlap):
+        sums.append(torch.bincount(bins, values.cpu().double(), len(edges)))
     return torch.stack(sums)
 
 
-def by_bin(sums):
+def by_bin(sums, by="entropy"):
     """tally's sums, (4, bins) -> dict of lists, an entry per bin; means are None in an empty one"""
     count, *sums = sums.tolist()
     result = dict(count=[round(n) for n in count])
-    for name, row in zip(("entropy", "accepted", "overlap"), sums):
+    for name, row in zip((by, "accepted", "overlap"), sums):
         result[name] = [total / n if n else None for total, n in zip(row, count)]
     return result
 
 
 @torch.no_grad()
-def curves(model, val, cfg, device, dtype):
+def curves(model, val, cfg, device, dtype, by="entropy"):
     """head 1 and head K on the windows of train.evaluate -> a dict for each, by_bin's"""
     model.eval()
     K = model.config.n_mtp
     T = cfg.block_size
     starts = np.arange(0, len(val) - T, T)[: cfg.eval_windows]
-    sums = {k: torch.zeros(4, len(EDGES), dtype=torch.float64) for k in {1, K}}
+    sums = dict.fromkeys({1, K}, 0)
     for first in range(0, len(starts), 8):
         tokens = train.get_batch(val, starts[first : first + 8], T, device)
         with autocast(device, dtype):
@@ -80,12 +91,12 @@ def curves(model, val, cfg, device, dtype):
                 target = main[:, k:]
                 reached = reached[:, :-1]
                 if k in sums:
-                    sums[k] += tally(target[reached], draft[reached])
+                    sums[k] = sums[k] + tally(target[reached], draft[reached], by)
                 reached = reached & (draft.argmax(-1) == target.argmax(-1))
-    return [dict(head=k, **by_bin(sums[k])) for k in sorted(sums)]
+    return [dict(head=k, **by_bin(sums[k], by)) for k in sorted(sums)]
 
 
-def measure(path):
+def measure(path, by="entropy"):
     """a checkpoint on its own validation data -> dict(checkpoint, edges, heads)"""
     model, meta = load_checkpoint(path)
     cfg = train.stored_config(meta)
@@ -95,8 +106,9 @@ def measure(path):
     _, val, data_meta = train.open_data(cfg)
     train.check_data(path, cfg, data_meta, meta, same_text=False)
     dtype, _ = pick_dtype(cfg.dtype, device)
-    heads = curves(model.to(device), val, cfg, device, dtype)
-    return dict(checkpoint=str(path), edges=list(EDGES), heads=heads)
+    heads = curves(model.to(device), val, cfg, device, dtype, by)
+    edges = EDGES if by == "entropy" else CONFIDENCE_EDGES
+    return dict(checkpoint=str(path), by=by, edges=list(edges), heads=heads)
 
 
 def main():
@@ -104,16 +116,19 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints with MTP heads")
+    parser.add_argument("--by", choices=("entropy", "confidence"), default="entropy",
+                        help="of the main head, or of the draft")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")            # as train.py evaluates
     out = []
     for path in args.checkpoints:
-        out.append(measure(path))
+        out.append(measure(path, args.by))
         for head in out[-1]["heads"]:
             print(f"{path}, head {head['head']}")
-            print(f"{'nats from':>10} {'positions':>10} {'accepted':>9} {'1 - TV':>7}")
-            columns = zip(EDGES, head["count"], head["accepted"], head["overlap"])
+            unit = "nats from" if args.by == "entropy" else "from"
+            print(f"{unit:>10} {'positions':>10} {'accepted':>9} {'1 - TV':>7}")
+            columns = zip(out[-1]["edges"], head["count"], head["accepted"], head["overlap"])
             for edge, n, accepted, overlap in columns:
                 print(f"{edge:>10} {n:>10}" + (f" {accepted:9.3f} {overlap:7.3f}" if n else ""))
     if args.json:

@@ -152,8 +152,8 @@ def toy(float64):
     return model, np.random.default_rng(0).integers(0, 5, 100).astype(np.uint16), cfg
 
 
-def slow_pairs(model, val):
-    """{head: (entropy, accepted, overlap) of each pair that it is measured on}"""
+def slow_pairs(model, val, by):
+    """{head: (entropy or confidence, accepted, overlap) of each pair that it is measured on}"""
     pairs = {1: [], 2: []}
     for w in range(9):
         tokens = torch.from_numpy(val[8 * w : 8 * w + 8].astype(np.int64))
@@ -166,20 +166,23 @@ def slow_pairs(model, val):
                     q = heads[k - 1][i].tolist()
                     good = p.index(max(p)) == q.index(max(q))
                     nats = -sum(x * math.log(x) for x in p)
-                    pairs[k].append((nats, good, sum(map(min, p, q))))
+                    key = nats if by == "entropy" else max(q)
+                    pairs[k].append((key, good, sum(map(min, p, q))))
     return pairs
 
 
-def test_the_curves_are_those_of_slow_loops(toy):
+@pytest.mark.parametrize("by,edges", [("entropy", entropy.EDGES),
+                                      ("confidence", entropy.CONFIDENCE_EDGES)])
+def test_the_curves_are_those_of_slow_loops(toy, by, edges):
     model, val, cfg = toy
-    pairs = slow_pairs(model, val)
-    got = entropy.curves(model, val, cfg, CPU, torch.float64)
+    pairs = slow_pairs(model, val, by)
+    got = entropy.curves(model, val, cfg, CPU, torch.float64, by)
     assert [head["head"] for head in got] == [1, 2] and sum(got[0]["count"]) == 9 * 7
     for head in got:
-        for b, (low, high) in enumerate(zip(entropy.EDGES, [*entropy.EDGES[1:], math.inf])):
+        for b, (low, high) in enumerate(zip(edges, [*edges[1:], math.inf])):
             mine = [x for x in pairs[head["head"]] if low <= x[0] < high]
             assert head["count"][b] == len(mine)
-            for key, column in (("entropy", 0), ("accepted", 1), ("overlap", 2)):
+            for key, column in ((by, 0), ("accepted", 1), ("overlap", 2)):
                 mean = pytest.approx(sum(x[column] for x in mine) / max(1, len(mine)))
                 assert head[key][b] == (mean if mine else None)
         assert sum(n > 0 for n in head["count"]) > 1       # or else the bins were not tried
