@@ -5,6 +5,8 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from test_decode import (
     Branches,
     branches_of_a_round,
@@ -193,6 +195,43 @@ def test_a_round_draws_the_numbers_that_its_heads_need(monkeypatch):
             got, other = text(heads="auto")
         assert got == want and other.accepted[: k + 1] == stats.accepted
         assert other.drafted[k] == other.forwards == stats.drafted[k]
+
+
+class Reads(TorchDispatchMode):
+    """what is computed reads: `found`, storages that were there before, by address"""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.made = {}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = {tensor.untyped_storage().data_ptr() for tensor in self.made}
+        for tensor in filter(torch.is_tensor, tree_leaves([args, kwargs])):
+            address = tensor.untyped_storage().data_ptr()
+            if address not in made:
+                self.found[address] = tensor
+        result = func(*args, **(kwargs or {}))
+        # tensors stay alive here, so that no address is used twice
+        self.made += [x for x in tree_leaves(result) if torch.is_tensor(x)]
+        return result
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_round_reads_the_same_memory_whenever_its_number_of_heads_comes_again(temperature):
+    """fast/decode.py records a round for each number of heads: what it read then must still be
+    there, and still be what the decoder writes. The random numbers are kept with the recording"""
+    decoder = Decoder(counting_model(3, 60), 1, 60, "auto", temperature)
+    recorded = {}
+    for count in range(2):
+        decoder.prefill([[1, 2, 3]], 40)
+        for k in (0, 1, 3, 2) if count == 0 else (2, 0, 3, 1):
+            decoder.use(k)
+            if count:
+                decoder.noise = recorded[k][1]
+            with torch.no_grad(), Reads() as reads:
+                decoder.advance()
+            before, _ = recorded.setdefault(k, (reads.found, decoder.noise))
+            assert before.keys() == reads.found.keys(), k
 
 
 # ---- auto
