@@ -30,8 +30,6 @@ EMPTY = 'raise NotImplementedError("exercise {}")'
 LEFT_OUT = """from unittest import SkipTest
 raise SkipTest("left out: it shows an exercise's answer")"""
 
-# ---- functions in a source file, named file::name or file::Class.name
-
 
 def read(path):
     return path.read_bytes().decode("utf-8")  # line endings stay as they are
@@ -43,8 +41,8 @@ def write(path, text):
 
 
 def find(root, function):
-    """-> the lines of a file, the syntax tree of the function, its body without the docstring, as
-    a slice of the lines"""
+    """file::name or file::Class.name -> the lines of the file, the function's syntax tree, and
+    which lines are its body, without the docstring"""
     file, name = function.split("::")
     source = read(root / file)
     node = ast.parse(source, file)
@@ -245,8 +243,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands = {"list": show_list, "start": start, "check": check, "solve": solve,
-                "handout": handout}
+    commands = dict(list=show_list, start=start, check=check, solve=solve, handout=handout)
     parsers = {name: subparsers.add_parser(name) for name in commands}
     for name in ("start", "check", "solve"):
         parsers[name].add_argument("number", type=exercise_number)

@@ -34,8 +34,8 @@ def original(tmp_path_factory):
     """a copy of the repository in which nothing changes"""
     folder = tmp_path_factory.mktemp("original")
     mutations.copy_to(folder)
-    for name in ("README.md", "tests/README.md"):
-        shutil.copy(ROOT / name, folder / name)
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("tests/*.md"), *ROOT.glob("tests/*.svg")]:
+        shutil.copy(path, folder / path.relative_to(ROOT))
     return folder
 
 
