@@ -223,6 +223,7 @@ def test_a_handout_holds_no_answer(original, tmp_path, capsys):
         assert lab.state(folder, number) == "empty" and lab.check(folder, number) == 1
     # 8 shows the answer of 7
     assert lab.state(folder, 8) == "left out" and lab.check(folder, 8) == 1
+    assert "speculative_round, which is left out" in capsys.readouterr().out
     assert lab.next_exercise(folder, 7).startswith("next: exercise 9")
     with pytest.raises(SystemExit, match="your teacher has the answers"):
         lab.solve(folder, 7)
@@ -243,6 +244,17 @@ def test_the_teachers_file_gives_everything_back(original, tmp_path, numbers):
     before, after = contents(original), contents(folder)
     different = {name for name in after if after[name] != before[name]}
     assert different <= {"README.md", "tests/README.md", "fast/loss.py"}
+
+
+def test_the_answer_of_one_exercise_does_not_overwrite_another(original, tmp_path):
+    folder = tmp_path / "class"
+    lab.handout(original, folder, [7])
+    shutil.copyfile(tmp_path / "class-answers.json", folder / ".lab/answers.json")
+    lab.solve(folder, 7)
+    lab.start(folder, 8)
+    lab.set_body(folder, "decode.py::speculative_round", "    return [1]")
+    lab.solve(folder, 7)
+    assert lab.get_body(folder, "decode.py::speculative_round") == "    return [1]"
 
 
 def test_pytest_skips_what_calls_a_function_that_is_left_out(tmp_path):
