@@ -174,10 +174,9 @@ def check(root, number):
     return 1
 
 
-# ---- hand-outs
-
-PATTERNS = ("*.*", "LICENSE", "data/*.*", "fast/*.py", "results/**/*.*", "tests/*.*")
-# these hold answers, or test the text that a hand-out changes
+# the files of a hand-out
+COPIED = ("*.*", "LICENSE", "data/*.*", "fast/*.py", "results/**/*.*", "tests/*.*")
+# .. without those that hold answers, or test the text that it changes
 NOT_COPIED = ("solutions.py", "mutations.py", "test_mutations.py", "test_changes.py", "test_lab.py",
               "test_readme.py", "test_style.py")
 HIDDEN = (r"<details>.*?</details>\n?"
@@ -186,7 +185,7 @@ HIDDEN = (r"<details>.*?</details>\n?"
 
 
 def files_to_copy(root):
-    paths = [path for pattern in PATTERNS for path in root.glob(pattern) if path.is_file()]
+    paths = [path for pattern in COPIED for path in root.glob(pattern) if path.is_file()]
     return [p for p in paths if p.name not in (".git", *NOT_COPIED)
             and p.suffix not in (".pt", ".part", ".pyc")]
 
