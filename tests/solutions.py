@@ -8,6 +8,23 @@ printed where a try of its own failed. They are the bodies for which the tests h
 a few more of each exercise, some shortened to fit a common base.
 """
 
+SOLUTIONS = []
+
+
+def add(exercise, function, is_right, body):
+    SOLUTIONS.append((exercise, function, is_right, body))
+
+
+def add_edits(exercise, function, base, edits):
+    """the base, which is right, and what each edit (old, new) makes of it, which is wrong"""
+    add(exercise, function, True, base)
+    for old, new in edits:
+        assert old in base
+        add(exercise, function, False, base.replace(old, new))
+
+
+# ---- 1
+
 HEADS = """
 B, T, d = x.shape
 size = d // self.heads[0]
@@ -23,16 +40,341 @@ if cache is not None:
 SHARED = """
 k, v = [y.repeat_interleave(self.heads[0] // self.heads[1], dim=1) for y in (k, v)]
 """
-SOFTMAX = SHARED + """
+SOFTMAX = """
 mask = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
 weights = (q @ k.transpose(-2, -1) / math.sqrt(size)).masked_fill(mask, -math.inf).softmax(-1)
 """
+DROP = "if self.training and self.dropout:\n    weights = F.dropout(weights, self.dropout)\n"
 OUT = """
 return self.proj((weights @ v).transpose(1, 2).reshape(B, T, d))
 """
-DROP = "if self.training and self.dropout:\n    weights = F.dropout(weights, self.dropout)\n"
+add_edits(1, "model.py::Attention.forward", HEADS + CACHED + SHARED + SOFTMAX + DROP + OUT, [
+    # no mask; a mask one too far; one that hides the row itself
+    ("triu(1)", "triu(T)"),
+    ("triu(1)", "triu(2)"),
+    ("triu(1)", "triu(0)"),
+    # not scaled; v rotated, too; the cache forgotten
+    (" / math.sqrt(size)", ""),
+    (CACHED, "v = rotate(v, positions.rope)" + CACHED),
+    (CACHED, ""),
+    # dropout before the softmax; also in eval mode; without scaling; not at all; on the output; one
+    # mask for the batch
+    (SOFTMAX + DROP, """
+scores = q @ k.transpose(-2, -1) / math.sqrt(size)
+scores = F.dropout(scores, self.dropout, self.training)
+mask = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+weights = scores.masked_fill(mask, -math.inf).softmax(-1)
+"""),
+    (DROP, "weights = F.dropout(weights, self.dropout)"),
+    (DROP, """
+if self.training:
+    weights = weights * (torch.rand_like(weights) >= self.dropout)
+"""),
+    (DROP, ""),
+    (DROP + OUT, """
+y = (weights @ v).transpose(1, 2).reshape(B, T, d)
+return self.proj(F.dropout(y, self.dropout, self.training))
+"""),
+    (DROP, """
+weights = weights * F.dropout(torch.ones_like(weights[0, 0]), self.dropout, self.training)
+"""),
+])
+add(1, "model.py::Attention.forward", True, HEADS + CACHED + SHARED + """
+scores = torch.einsum("bhid,bhjd->bhij", q, k) * size**-0.5
+scores = scores + torch.full((T, T), -math.inf).to(scores).triu(1)
+weights = (scores - scores.logsumexp(-1, keepdim=True)).exp()
+if self.training:
+    weights = weights * (torch.rand_like(weights) >= self.dropout) / (1 - self.dropout)
+out = self.proj.weight @ torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2).unsqueeze(-1)
+return out.squeeze(-1)
+""")
 
-RESIDUAL = """
+# ---- 2
+
+add(2, "model.py::GPT.cascade", True, """
+def rest(h, k):
+    if k > len(self.heads):
+        return []
+    T = max(0, embed.shape[1] - k)
+    if T == 0:
+        h = h[:, :0]
+    else:
+        h = h.narrow(1, 0, T)
+        h = self.heads[k - 1](embed=embed[:, k : k + T], hidden=h, positions=self.angles(T))
+    return [h] + rest(h, k + 1)
+
+return [h0] + rest(h0, 1)
+""")
+add(2, "model.py::GPT.cascade", False, """
+out = [h0]
+for k in range(1, len(self.heads) + 1):
+    T = h0.size(1) - k
+    out.append(self.heads[k - 1](out[-1][:, :T], embed[:, k:], self.angles(T)))
+return out
+""")
+add(2, "model.py::GPT.cascade", False, """
+out = [h0]
+for head in self.heads:
+    h = out[-1][:, :-1]
+    out.append(head(h, embed[:, 1 : 1 + h.size(1)], self.angles(h.size(1))))
+return out
+""")
+add(2, "model.py::GPT.cascade", False, """
+out = [h0]
+for k, head in enumerate(self.heads, 1):
+    T = max(0, h0.size(1) - k)
+    out.append(head(h0[:, :T], embed[:, k : k + T], self.angles(T)))
+return out
+""")
+add(2, "model.py::GPT.cascade", False, """
+out = [h0]
+for k, head in enumerate(self.heads, 1):
+    T = max(0, h0.size(1) - k)
+    positions = self.angles(T + 1)
+    positions = positions._replace(rope=positions.rope[..., 1:, :])
+    out.append(head(out[-1][:, 1:][:, :T], embed[:, k : k + T], positions))
+return out
+""")
+add(2, "model.py::GPT.cascade", False, """
+out = [h0]
+for k, head in enumerate(self.heads, 1):
+    T = max(0, h0.size(1) - k)
+    out.append(head(out[-1][:, :T].detach(), embed[:, k : k + T], self.angles(T)))
+return out
+""")
+
+# ---- 3
+
+add(3, "distill.py::topn_divergence", True, """
+if detach_teacher:
+    teacher = teacher.detach()
+teacher, student = to_float32(teacher), to_float32(student)
+smallest = teacher.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+pick = torch.zeros(teacher.shape, dtype=torch.bool).scatter(-1, smallest, True)
+log_q = teacher[pick].view(*teacher.shape[:-1], n)
+log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+log_p = student[pick.expand(student.shape)].view(*student.shape[:-1], n)
+log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+return DIVERGENCES[kl](log_p, log_q.expand(log_p.shape))
+""")
+add_edits(3, "distill.py::topn_divergence", """
+if detach_teacher: teacher = teacher.detach()
+top = teacher.topk(n, dim=-1).indices
+log_q = to_float32(teacher.gather(-1, top)).log_softmax(-1)
+log_p = to_float32(student.gather(-1, top.expand(*student.shape[:-1], n))).log_softmax(-1)
+return DIVERGENCES[kl](log_p, log_q)
+""", [
+    # no stop-gradient; the student's; p and q swapped; always forward; a mean; the student's tokens
+    ("if detach_teacher: teacher = teacher.detach()", ""),
+    ("if detach_teacher: teacher = teacher.detach()", "student = student.detach()"),
+    ("(log_p, log_q)", "(log_q, log_p)"),
+    ("DIVERGENCES[kl]", "forward_kl"),
+    ("(log_p, log_q)", "(log_p, log_q).mean()"),
+    ("teacher.topk", "(student if student.dim() == 2 else student[0]).topk"),
+])
+# not renormalised: softmax over all tokens, then the n of them
+add(3, "distill.py::topn_divergence", False, """
+if detach_teacher:
+    teacher = teacher.detach()
+top = teacher.topk(n, dim=-1).indices
+log_q = F.log_softmax(teacher, -1).gather(-1, top)
+log_p = F.log_softmax(student, -1).gather(-1, top.expand(*student.shape[:-1], -1))
+return DIVERGENCES[kl](log_p, log_q)
+""")
+# the logarithm of a softmax
+add(3, "distill.py::topn_divergence", False, """
+if detach_teacher:
+    teacher = teacher.detach()
+top = teacher.topk(n, dim=-1).indices
+q = to_float32(teacher.gather(-1, top)).softmax(-1)
+p = to_float32(student.gather(-1, top.expand(*student.shape[:-1], -1))).softmax(-1)
+return DIVERGENCES[kl](p.log(), q.log())
+""")
+
+# ---- 4
+
+add(4, "distill.py::aligned", True, """
+K, (B, T) = len(hidden) - 1, targets.shape
+if T <= K:
+    raise ValueError("too short")
+columns = [[hidden[k][b, j - k] for k in heads] for b in range(B) for j in range(K, T)]
+labels = [targets[b, j] for b in range(B) for j in range(K, T)]
+return torch.stack([torch.stack(c) for c in columns], 1), torch.stack(labels)
+""")
+add(4, "distill.py::aligned", True, """
+K = len(hidden) - 1
+if targets.size(1) <= K:
+    raise ValueError(f"{K + 1} tokens at least")
+n = targets.size(1) - K
+rows = [hidden[k].narrow(1, K - k, n).reshape(-1, hidden[k].size(-1)) for k in heads]
+return torch.stack(rows), targets[:, K:].reshape(-1)
+""")
+add_edits(4, "distill.py::aligned", """
+K, T = len(hidden) - 1, targets.size(1)
+if T <= K:
+    raise ValueError(f"{T} targets for {K} heads")
+rows = torch.stack([hidden[k][:, K - k : T - k] for k in heads])
+return rows.flatten(1, 2), targets[:, K:].flatten()
+""", [
+    # the same rows of each head, not the same targets; all heads whatever is wanted; labels one
+    # off; targets before windows; the first heads
+    ("K - k : T - k", ": T - K"),
+    ("in heads", "in range(K + 1)"),
+    ("targets[:, K:]", "targets[:, : T - K]"),
+    ("return rows", "return rows.transpose(1, 2)"),
+    ("in heads", "in range(len(heads))"),
+])
+add(4, "distill.py::mtp_d_loss", True, """
+logits = to_float32(logits)
+K = logits.shape[0] - 1
+chosen = logits[:, torch.arange(len(targets)), targets]
+ce = (logits.logsumexp(-1) - chosen).sum(-1) / len(targets)
+kl_per_head = logits.new_zeros(K)
+if top_n > 0 and K > 0:
+    terms = [topn_divergence(row, logits[0], top_n, kl, detach_teacher) for row in logits[1:]]
+    kl_per_head = torch.stack([term.sum() / len(targets) for term in terms])
+loss = torch.sum(alpha * ce) + torch.sum(beta * kl_per_head)
+return loss, ce.detach(), kl_per_head.detach()
+""")
+add_edits(4, "distill.py::mtp_d_loss", """
+K = len(logits) - 1
+ce = torch.stack([F.cross_entropy(to_float32(row), targets) for row in logits])
+divergence = torch.zeros(K).to(ce)
+if K and top_n:
+    options = top_n, kl, detach_teacher
+    divergence = [topn_divergence(logits[k], logits[0], *options) for k in range(1, K + 1)]
+    divergence = torch.stack([rows.mean() for rows in divergence])
+loss = (alpha * ce).sum() + (beta * divergence).sum()
+return loss, ce.detach(), divergence.detach()
+""", [
+    # sums; options that do not arrive; each head taught by the one before; no weights; a mean over
+    # the heads; a divergence that teaches nothing
+    ("row), targets)", "row), targets, reduction='sum')"),
+    ("top_n, kl, detach_teacher", "top_n, kl"),
+    ("top_n, kl, detach_teacher", "top_n, 'forward', detach_teacher"),
+    ("logits[0]", "logits[k - 1]"),
+    ("(alpha * ce).sum() + (beta * divergence).sum()", "ce.sum() + divergence.sum()"),
+    ("(alpha * ce).sum()", "(alpha * ce).mean()"),
+    ("(beta * divergence)", "(beta * divergence.detach())"),
+])
+
+# ---- 5
+
+add(5, "decode.py::accepted_lengths", True, """
+K, T = len(choices) - 1, choices[0].shape[1]
+lengths = []
+for b in range(len(choices[0])):
+    row = []
+    for i in range(T - K):
+        k = 1
+        while k <= K and choices[k][b, i] == choices[0][b, i + k]:
+            k += 1
+        row.append(k - 1)
+    lengths.append(row)
+return torch.tensor(lengths).view(-1, T - K)
+""")
+add(5, "decode.py::rates", True, """
+K, total = len(histogram) - 1, sum(histogram)
+car = [sum(histogram[k:]) / max(total, 1) for k in range(1, K + 1)]
+ar = [b / a if a else 0.0 for a, b in zip([1.0, *car], car)]
+return ar, car
+""")
+add_edits(5, "decode.py::accepted_lengths", """
+K, T = len(choices) - 1, choices[0].size(1)
+rows = T - K
+length = torch.zeros_like(choices[0][:, :rows])
+ok = torch.ones_like(length)
+for k in range(1, K + 1):
+    same = (choices[k][:, :rows] == choices[0][:, k : k + rows]).long()
+    ok = ok * same
+    length += ok
+return length
+""", [
+    # each head alone; the main head's choice of the same row, of the next row; one row too few
+    ("ok * same", "same"),
+    ("k : k + rows", "0 : 0 + rows"),
+    ("k : k + rows", "1 : 1 + rows"),
+    ("rows = T - K", "rows = T - K - 1"),
+])
+add_edits(5, "decode.py::rates", """
+reached = [sum(histogram[k:]) for k in range(len(histogram))]
+ar = [b / a if a else 0.0 for a, b in zip(reached, reached[1:])]
+car = [b / max(1, reached[0]) for b in reached[1:]]
+return ar, car
+""", [
+    # 0/0; 1 for it; swapped; divided by the number of heads
+    (" if a else 0.0", ""),
+    ("if a else 0.0", "if a else 1.0"),
+    ("return ar, car", "return car, ar"),
+    ("max(1, reached[0])", "max(1, len(histogram))"),
+])
+
+# ---- 6
+
+add(6, "decode.py::match", True, """
+K = drafts.shape[1]
+accepted = torch.zeros(len(drafts), dtype=torch.long)
+emit = noise.numbers.view(target_probs.shape)
+token = sample(target_probs[:, 0], emit[:, 0])
+for k in range(K):
+    on = (accepted == k) & (token == drafts[:, k])
+    token = torch.where(on, sample(target_probs[:, k + 1], emit[:, k + 1]), token)
+    accepted = accepted + on.long()
+return accepted, token
+""")
+add(6, "decode.py::point", True, """
+K, V = drafts.size(1), target_probs.size(-1)
+accepted = torch.zeros(len(drafts), dtype=torch.long)
+for k in range(K):
+    p = target_probs[torch.arange(len(drafts)), k, drafts[:, k]]
+    uniform = torch.exp(-noise.accept[:, k])
+    accepted += (accepted == k) & (uniform < p)
+probs = select_row(target_probs, accepted).clone()
+for b in torch.nonzero(accepted < K).flatten().tolist():
+    if probs[b].max() < 1:
+        probs[b, drafts[b, accepted[b]]] = 0
+return accepted, sample(probs, noise.emit)
+""")
+add_edits(6, "decode.py::match", """
+tokens = sample(target_probs, noise.numbers.view_as(target_probs))
+accepted = num_accepted(tokens[:, :-1] == drafts)
+return accepted, select_row(tokens, accepted)
+""", [
+    # the same random numbers at each row; the token of row 0, of row K; one draft at most
+    ("view_as(target_probs)", "view_as(target_probs)[:, :1]"),
+    ("select_row(tokens, accepted)", "tokens[:, 0]"),
+    ("select_row(tokens, accepted)", "tokens[:, -1]"),
+    ("== drafts)", "== drafts).clamp(max=1)"),
+])
+add(6, "decode.py::match", False, """
+tokens = target_probs.argmax(-1)
+accepted = num_accepted(tokens[:, :-1] == drafts)
+return accepted, select_row(tokens, accepted)
+""")
+# emits from p after a rejection; goes on after one; no guard for a draft that is certain
+add(6, "decode.py::point", False, """
+p = of_drafts(target_probs[:, :-1], drafts)
+accepted = num_accepted(bernoulli(p, noise.accept))
+return accepted, sample(select_row(target_probs, accepted), noise.emit)
+""")
+add(6, "decode.py::point", False, """
+p = of_drafts(target_probs[:, :-1], drafts)
+accepted = bernoulli(p, noise.accept).sum(1)
+hot = F.one_hot(drafts, target_probs.size(-1)).to(p.dtype)
+probs = torch.cat((residual_probs(target_probs[:, :-1], hot), target_probs[:, -1:]), 1)
+return accepted, sample(select_row(probs, accepted), noise.emit)
+""")
+add(6, "decode.py::point", False, """
+p = of_drafts(target_probs[:, :-1], drafts)
+accepted = num_accepted(bernoulli(p, noise.accept))
+rest = target_probs[:, :-1].scatter(-1, drafts.unsqueeze(-1), 0.0)
+probs = torch.cat((rest, target_probs[:, -1:]), 1)
+return accepted, sample(select_row(probs, accepted), noise.emit)
+""")
+
+# ---- 7
+
+add_edits(7, "decode.py::residual", """
 batch, K = drafts.shape
 rows = torch.arange(batch)
 accepted, alive = torch.zeros(batch, dtype=torch.long), torch.ones(batch, dtype=torch.bool)
@@ -48,349 +390,20 @@ for b, a in enumerate(accepted.tolist()):
         probs = residual_probs(probs, draft_probs[b, a])
     token[b] = sample(probs, noise.emit[b])
 return accepted, token
-"""
-
-SOLUTIONS = [
-    # ---- 1
-    (1, "model.py::Attention.forward", True, HEADS + CACHED + SOFTMAX + DROP + OUT),
-    (1, "model.py::Attention.forward", True, HEADS + CACHED + SHARED + """
-scores = torch.einsum("bhid,bhjd->bhij", q, k) * size**-0.5
-scores = scores + torch.full((T, T), -math.inf).to(scores).triu(1)
-weights = (scores - scores.logsumexp(-1, keepdim=True)).exp()
-if self.training:
-    weights = weights * (torch.rand_like(weights) >= self.dropout) / (1 - self.dropout)
-out = self.proj.weight @ torch.einsum("bhij,bhjd->bihd", weights, v).flatten(2).unsqueeze(-1)
-return out.squeeze(-1)
-"""),
-    # no mask; a mask one too far; one that hides the row itself
-    (
-        1, "model.py::Attention.forward", False,
-        HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(T)") + DROP + OUT,
-    ),
-    (
-        1, "model.py::Attention.forward", False,
-        HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(2)") + DROP + OUT,
-    ),
-    (
-        1, "model.py::Attention.forward", False,
-        HEADS + CACHED + SOFTMAX.replace("triu(1)", "triu(0)") + DROP + OUT,
-    ),
-    # not scaled; v rotated, too; the cache forgotten
-    (
-        1, "model.py::Attention.forward", False,
-        HEADS + CACHED + SOFTMAX.replace(" / math.sqrt(size)", "") + DROP + OUT,
-    ),
-    (
-        1, "model.py::Attention.forward", False,
-        HEADS + "v = rotate(v, positions.rope)" + CACHED + SOFTMAX + DROP + OUT,
-    ),
-    (1, "model.py::Attention.forward", False, HEADS + SOFTMAX + DROP + OUT),
-    # dropout before the softmax; also in eval mode; without scaling; not at all; on the output; one
-    # mask for the batch
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SHARED + """
-scores = q @ k.transpose(-2, -1) / math.sqrt(size)
-scores = F.dropout(scores, self.dropout, self.training)
-mask = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-weights = scores.masked_fill(mask, -math.inf).softmax(-1)
-""" + OUT),
-    (
-        1, "model.py::Attention.forward", False,
-        HEADS + CACHED + SOFTMAX + "weights = F.dropout(weights, self.dropout)" + OUT,
-    ),
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + """
-if self.training:
-    weights = weights * (torch.rand_like(weights) >= self.dropout)
-""" + OUT),
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + OUT),
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + """
-y = (weights @ v).transpose(1, 2).reshape(B, T, d)
-return self.proj(F.dropout(y, self.dropout, self.training))
-"""),
-    (1, "model.py::Attention.forward", False, HEADS + CACHED + SOFTMAX + """
-weights = weights * F.dropout(torch.ones_like(weights[0, 0]), self.dropout, self.training)
-""" + OUT),
-    # ---- 2
-    (2, "model.py::GPT.cascade", True, """
-def rest(h, k):
-    if k > len(self.heads):
-        return []
-    T = max(0, embed.shape[1] - k)
-    if T == 0:
-        h = h[:, :0]
-    else:
-        h = h.narrow(1, 0, T)
-        h = self.heads[k - 1](embed=embed[:, k : k + T], hidden=h, positions=self.angles(T))
-    return [h] + rest(h, k + 1)
-
-return [h0] + rest(h0, 1)
-"""),
-    (2, "model.py::GPT.cascade", False, """
-out = [h0]
-for k in range(1, len(self.heads) + 1):
-    T = h0.size(1) - k
-    out.append(self.heads[k - 1](out[-1][:, :T], embed[:, k:], self.angles(T)))
-return out
-"""),
-    (2, "model.py::GPT.cascade", False, """
-out = [h0]
-for head in self.heads:
-    h = out[-1][:, :-1]
-    out.append(head(h, embed[:, 1 : 1 + h.size(1)], self.angles(h.size(1))))
-return out
-"""),
-    (2, "model.py::GPT.cascade", False, """
-out = [h0]
-for k, head in enumerate(self.heads, 1):
-    T = max(0, h0.size(1) - k)
-    out.append(head(h0[:, :T], embed[:, k : k + T], self.angles(T)))
-return out
-"""),
-    (2, "model.py::GPT.cascade", False, """
-out = [h0]
-for k, head in enumerate(self.heads, 1):
-    T = max(0, h0.size(1) - k)
-    positions = self.angles(T + 1)
-    positions = positions._replace(rope=positions.rope[..., 1:, :])
-    out.append(head(out[-1][:, 1:][:, :T], embed[:, k : k + T], positions))
-return out
-"""),
-    (2, "model.py::GPT.cascade", False, """
-out = [h0]
-for k, head in enumerate(self.heads, 1):
-    T = max(0, h0.size(1) - k)
-    out.append(head(out[-1][:, :T].detach(), embed[:, k : k + T], self.angles(T)))
-return out
-"""),
-    # ---- 3
-    (3, "distill.py::topn_divergence", True, """
-if detach_teacher:
-    teacher = teacher.detach()
-teacher, student = to_float32(teacher), to_float32(student)
-smallest = teacher.sort(dim=-1, descending=True, stable=True).indices[..., :n]
-pick = torch.zeros(teacher.shape, dtype=torch.bool).scatter(-1, smallest, True)
-log_q = teacher[pick].view(*teacher.shape[:-1], n)
-log_q = log_q - log_q.logsumexp(-1, keepdim=True)
-log_p = student[pick.expand(student.shape)].view(*student.shape[:-1], n)
-log_p = log_p - log_p.logsumexp(-1, keepdim=True)
-return DIVERGENCES[kl](log_p, log_q.expand(log_p.shape))
-"""),
-    *[(3, "distill.py::topn_divergence", False, f"""
-{first}
-top = {by}.topk(n, dim=-1).indices
-log_q = to_float32(teacher.gather(-1, {index})).log_softmax(-1)
-log_p = to_float32(student.gather(-1, top.expand(*student.shape[:-1], n))).log_softmax(-1)
-return {last}
-""") for first, by, index, last in [
-        # no stop-gradient
-        ("", "teacher", "top", "DIVERGENCES[kl](log_p, log_q)"),
-        ("student = student.detach()", "teacher", "top", "DIVERGENCES[kl](log_p, log_q)"),
-        (
-            "if detach_teacher: teacher = teacher.detach()", "teacher", "top",
-            "DIVERGENCES[kl](log_q, log_p)",
-        ),
-        (
-            "if detach_teacher: teacher = teacher.detach()", "teacher", "top",
-            "forward_kl(log_p, log_q)",
-        ),
-        (
-            "if detach_teacher: teacher = teacher.detach()", "teacher", "top",
-            "DIVERGENCES[kl](log_p, log_q).mean()",
-        ),
-        ("if detach_teacher: teacher = teacher.detach()",
-         "(student if student.dim() == 2 else student[0])",
-         "top",
-         "DIVERGENCES[kl](log_p, log_q)")]],
-    # not renormalised: softmax over all tokens, then the n of them
-    (3, "distill.py::topn_divergence", False, """
-if detach_teacher:
-    teacher = teacher.detach()
-top = teacher.topk(n, dim=-1).indices
-log_q = F.log_softmax(teacher, -1).gather(-1, top)
-log_p = F.log_softmax(student, -1).gather(-1, top.expand(*student.shape[:-1], -1))
-return DIVERGENCES[kl](log_p, log_q)
-"""),
-    # the logarithm of a softmax
-    (3, "distill.py::topn_divergence", False, """
-if detach_teacher:
-    teacher = teacher.detach()
-top = teacher.topk(n, dim=-1).indices
-q = to_float32(teacher.gather(-1, top)).softmax(-1)
-p = to_float32(student.gather(-1, top.expand(*student.shape[:-1], -1))).softmax(-1)
-return DIVERGENCES[kl](p.log(), q.log())
-"""),
-    # ---- 4
-    (4, "distill.py::aligned", True, """
-K, (B, T) = len(hidden) - 1, targets.shape
-if T <= K:
-    raise ValueError("too short")
-columns = [[hidden[k][b, j - k] for k in heads] for b in range(B) for j in range(K, T)]
-labels = [targets[b, j] for b in range(B) for j in range(K, T)]
-return torch.stack([torch.stack(c) for c in columns], 1), torch.stack(labels)
-"""),
-    (4, "distill.py::aligned", True, """
-K = len(hidden) - 1
-if targets.size(1) <= K:
-    raise ValueError(f"{K + 1} tokens at least")
-n = targets.size(1) - K
-rows = [hidden[k].narrow(1, K - k, n).reshape(-1, hidden[k].size(-1)) for k in heads]
-return torch.stack(rows), targets[:, K:].reshape(-1)
-"""),
-    # the same rows of each head, not the same targets; all heads whatever is wanted; labels one
-    # off; targets before windows
-    *[(4, "distill.py::aligned", False, f"""
-K, T = len(hidden) - 1, targets.size(1)
-assert T > K
-rows = torch.stack([hidden[k][:, {rows}] for k in {heads}])
-return {result}
-""") for rows, heads, result in [
-        (": T - K", "heads", "rows.flatten(1, 2), targets[:, K:].flatten()"),
-        ("K - k : T - k", "range(K + 1)", "rows.flatten(1, 2), targets[:, K:].flatten()"),
-        ("K - k : T - k", "heads", "rows.flatten(1, 2), targets[:, : T - K].flatten()"),
-        ("K - k : T - k", "heads", "rows.transpose(1, 2).flatten(1, 2), targets[:, K:].flatten()"),
-        ("K - k : T - k", "range(len(heads))", "rows.flatten(1, 2), targets[:, K:].flatten()")]],
-    (4, "distill.py::mtp_d_loss", True, """
-logits = to_float32(logits)
-K = logits.shape[0] - 1
-chosen = logits[:, torch.arange(len(targets)), targets]
-ce = (logits.logsumexp(-1) - chosen).sum(-1) / len(targets)
-kl_per_head = logits.new_zeros(K)
-if top_n > 0 and K > 0:
-    terms = [topn_divergence(row, logits[0], top_n, kl, detach_teacher) for row in logits[1:]]
-    kl_per_head = torch.stack([term.sum() / len(targets) for term in terms])
-loss = torch.sum(alpha * ce) + torch.sum(beta * kl_per_head)
-return loss, ce.detach(), kl_per_head.detach()
-"""),
-    *[(4, "distill.py::mtp_d_loss", False, f"""
-K = len(logits) - 1
-ce = torch.stack([F.cross_entropy(to_float32(row), targets{reduction}) for row in logits])
-divergence = torch.zeros(K).to(ce)
-if K and top_n:
-    divergence = [topn_divergence(logits[k], {teacher}, top_n, {options}) for k in range(1, K + 1)]
-    divergence = torch.stack([rows.mean() for rows in divergence])
-loss = {loss}
-return loss, ce.detach(), divergence.detach()
-""") for reduction, teacher, options, loss in [
-        (
-            ", reduction='sum'", "logits[0]", "kl, detach_teacher",
-            "(alpha * ce).sum() + (beta * divergence).sum()",
-        ),
-        ("", "logits[0]", "kl", "(alpha * ce).sum() + (beta * divergence).sum()"),
-        (
-            "", "logits[0]", "'forward', detach_teacher",
-            "(alpha * ce).sum() + (beta * divergence).sum()",
-        ),
-        (
-            "", "logits[k - 1]", "kl, detach_teacher",
-            "(alpha * ce).sum() + (beta * divergence).sum()",
-        ),
-        ("", "logits[0]", "kl, detach_teacher", "ce.sum() + divergence.sum()"),
-        ("", "logits[0]", "kl, detach_teacher", "(alpha * ce).mean() + (beta * divergence).sum()"),
-        ("", "logits[0]", "kl, detach_teacher",
-         "(alpha * ce).sum() + (beta * divergence.detach()).sum()"),
-    ]],
-    # ---- 5
-    (5, "decode.py::accepted_lengths", True, """
-K, T = len(choices) - 1, choices[0].shape[1]
-lengths = []
-for b in range(len(choices[0])):
-    row = []
-    for i in range(T - K):
-        k = 1
-        while k <= K and choices[k][b, i] == choices[0][b, i + k]:
-            k += 1
-        row.append(k - 1)
-    lengths.append(row)
-return torch.tensor(lengths).view(-1, T - K)
-"""),
-    (5, "decode.py::rates", True, """
-K, total = len(histogram) - 1, sum(histogram)
-car = [sum(histogram[k:]) / max(total, 1) for k in range(1, K + 1)]
-ar = [b / a if a else 0.0 for a, b in zip([1.0, *car], car)]
-return ar, car
-"""),
-    *[(5, "decode.py::accepted_lengths", False, f"""
-K, T = len(choices) - 1, choices[0].size(1)
-length = torch.zeros_like(choices[0][:, : {rows}])
-ok = torch.ones_like(length)
-for k in range(1, K + 1):
-    same = (choices[k][:, : {rows}] == choices[0][:, {start} : {start} + {rows}]).long()
-    ok = {ok}
-    length += ok
-return length
-""") for rows, start, ok in [
-        ("T - K", "k", "same"), ("T - K", "0", "ok * same"), ("T - K", "1", "ok * same"),
-        ("T - K - 1", "k", "ok * same")]],
-    *[(5, "decode.py::rates", False, f"""
-reached = [sum(histogram[k:]) for k in range(len(histogram))]
-ar = [b / a {guard} for a, b in zip(reached, reached[1:])]
-car = [b / {below} for b in reached[1:]]
-return {last}
-""") for guard, below, last in [
-        ("", "max(1, reached[0])", "ar, car"),
-        ("if a else 1.0", "max(1, reached[0])", "ar, car"),
-        ("if a else 0.0", "max(1, reached[0])", "car, ar"),
-        ("if a else 0.0", "max(1, len(histogram))", "ar, car")]],
-    # ---- 6
-    (6, "decode.py::match", True, """
-K = drafts.shape[1]
-accepted = torch.zeros(len(drafts), dtype=torch.long)
-emit = noise.numbers.view(target_probs.shape)
-token = sample(target_probs[:, 0], emit[:, 0])
-for k in range(K):
-    on = (accepted == k) & (token == drafts[:, k])
-    token = torch.where(on, sample(target_probs[:, k + 1], emit[:, k + 1]), token)
-    accepted = accepted + on.long()
-return accepted, token
-"""),
-    (6, "decode.py::point", True, """
-K, V = drafts.size(1), target_probs.size(-1)
-accepted = torch.zeros(len(drafts), dtype=torch.long)
-for k in range(K):
-    p = target_probs[torch.arange(len(drafts)), k, drafts[:, k]]
-    uniform = torch.exp(-noise.accept[:, k])
-    accepted += (accepted == k) & (uniform < p)
-probs = select_row(target_probs, accepted).clone()
-for b in torch.nonzero(accepted < K).flatten().tolist():
-    if probs[b].max() < 1:
-        probs[b, drafts[b, accepted[b]]] = 0
-return accepted, sample(probs, noise.emit)
-"""),
-    # the same random numbers at each row; the token of row 0, of row K; one draft at most
-    *[(6, "decode.py::match", False, f"""
-tokens = sample(target_probs, noise.numbers.view_as(target_probs){noise})
-accepted = num_accepted(tokens[:, :-1] == drafts){more}
-return accepted, {token}
-""") for noise, more, token in [
-        ("[:, :1]", "", "select_row(tokens, accepted)"), ("", "", "tokens[:, 0]"),
-        ("", "", "tokens[:, -1]"), ("", ".clamp(max=1)", "select_row(tokens, accepted)")]],
-    (6, "decode.py::match", False, """
-tokens = target_probs.argmax(-1)
-accepted = num_accepted(tokens[:, :-1] == drafts)
-return accepted, select_row(tokens, accepted)
-"""),
-    # emits from p after a rejection; goes on after one; no guard for a draft that is certain
-    (6, "decode.py::point", False, """
-p = of_drafts(target_probs[:, :-1], drafts)
-accepted = num_accepted(bernoulli(p, noise.accept))
-return accepted, sample(select_row(target_probs, accepted), noise.emit)
-"""),
-    (6, "decode.py::point", False, """
-p = of_drafts(target_probs[:, :-1], drafts)
-accepted = bernoulli(p, noise.accept).sum(1)
-hot = F.one_hot(drafts, target_probs.size(-1)).to(p.dtype)
-probs = torch.cat((residual_probs(target_probs[:, :-1], hot), target_probs[:, -1:]), 1)
-return accepted, sample(select_row(probs, accepted), noise.emit)
-"""),
-    (6, "decode.py::point", False, """
-p = of_drafts(target_probs[:, :-1], drafts)
-accepted = num_accepted(bernoulli(p, noise.accept))
-rest = target_probs[:, :-1].scatter(-1, drafts.unsqueeze(-1), 0.0)
-probs = torch.cat((rest, target_probs[:, -1:]), 1)
-return accepted, sample(select_row(probs, accepted), noise.emit)
-"""),
-    # ---- 7
-    (7, "decode.py::residual", True, RESIDUAL),
-    (7, "decode.py::residual", True, """
+""", [
+    # p and q swapped; accepted as a fixed draft; emits from p; |p - q|; the drafts' noise again;
+    # goes on after a rejection; no guard where p = q; one number for all drafts; row K-1 for row K
+    ("bernoulli(p / q", "bernoulli(q / p"),
+    ("bernoulli(p / q", "bernoulli(p"),
+    ("if a < K", "if False"),
+    ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).abs()"),
+    ("noise.emit[b]", "noise.draft[b, min(a, K - 1)]"),
+    ("alive & ", ""),
+    ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).clamp(min=0)"),
+    ("noise.accept[:, k]", "noise.accept[:, 0]"),
+    ("target_probs[b, a]", "target_probs[b, min(a, K - 1)]"),
+])
+add(7, "decode.py::residual", True, """
 batch, K = drafts.shape
 everything = []
 for k in range(K + 1):
@@ -400,8 +413,8 @@ uniform = (-noise.accept).exp()
 ok = uniform * of_drafts(draft_probs, drafts) < of_drafts(target_probs[:, :K], drafts)
 accepted = (ok.long().cumsum(1) == torch.arange(1, K + 1)).sum(1)
 return accepted, torch.stack(everything, 1)[torch.arange(batch), accepted]
-"""),
-    (7, "decode.py::residual", True, """
+""")
+add(7, "decode.py::residual", True, """
 K = drafts.size(1)
 probs = target_probs[:, K]
 accepted = torch.full_like(drafts[:, 0], K)
@@ -412,36 +425,10 @@ for k in reversed(range(K)):
     accepted = torch.where(ok, accepted, k)
     probs = torch.where(ok[:, None], probs, residual_probs(p, q))
 return accepted, sample(probs, noise.emit)
-"""),
-    # p and q swapped; accepted as a fixed draft; emits from p; |p - q|; the drafts' noise again;
-    # goes on after a rejection; no guard where p = q; one number for all drafts; row K-1 for row K
-    *[(7, "decode.py::residual", False, RESIDUAL.replace(line, mistake)) for line, mistake in [
-        ("bernoulli(p / q", "bernoulli(q / p"),
-        ("bernoulli(p / q", "bernoulli(p"),
-        ("if a < K", "if False"),
-        ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).abs()"),
-        ("noise.emit[b]", "noise.draft[b, min(a, K - 1)]"),
-        ("alive & ", ""),
-        ("residual_probs(probs, draft_probs[b, a])", "(probs - draft_probs[b, a]).clamp(min=0)"),
-        ("noise.accept[:, k]", "noise.accept[:, 0]"),
-        ("target_probs[b, a]", "target_probs[b, min(a, K - 1)]")]],
-]
+""")
 
 # -----------------------------------------------------------------------------
 # of the blind trial
-
-
-def add(exercise, function, is_right, body):
-    SOLUTIONS.append((exercise, function, is_right, body))
-
-
-def add_edits(exercise, function, base, edits):
-    """the base, which is right, and what each edit (old, new) makes of it, which is wrong"""
-    add(exercise, function, True, base)
-    for old, new in edits:
-        assert old in base
-        add(exercise, function, False, base.replace(old, new))
-
 
 # ---- 1
 

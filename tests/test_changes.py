@@ -37,9 +37,17 @@ def after_assignment(source, name, text):
     return "\n".join([*lines[: node.end_lineno], "\n", text, *lines[node.end_lineno :]])
 
 
+def statements(source, function):
+    """the syntax trees of a function's body, without its docstring"""
+    node = ast.parse(source)
+    for name in function.split("::")[1].split("."):
+        (node,) = [n for n in node.body if getattr(n, "name", "") == name]
+    return node.body[1:] if ast.get_docstring(node) else node.body
+
+
 def before_return(source, function, text):
     """before the last statement of a function, which returns its result"""
-    node = lab.find(source, function).body[-1]
+    node = statements(source, function)[-1]
     assert isinstance(node, ast.Return)
     lines = source.split("\n")
     text = textwrap.indent(textwrap.dedent(text).strip("\n"), " " * node.col_offset)
@@ -47,19 +55,17 @@ def before_return(source, function, text):
 
 
 def at_the_beginning(source, function, text):
-    begin, _ = lab.body_lines(source, function)
+    node = statements(source, function)[0]
     lines = source.split("\n")
-    indent = " " * lab.find(source, function).body[-1].col_offset
-    return "\n".join(
-        [*lines[:begin], textwrap.indent(textwrap.dedent(text).strip("\n"), indent), *lines[begin:]]
-    )
+    text = textwrap.indent(textwrap.dedent(text).strip("\n"), " " * node.col_offset)
+    return "\n".join([*lines[: node.lineno - 1], text, *lines[node.lineno - 1 :]])
 
 
 def instead(source, function, text):
-    indent = " " * lab.find(source, function).body[-1].col_offset
-    return lab.set_body(
-        source, function, textwrap.indent(textwrap.dedent(text).strip("\n"), indent)
-    )
+    body = statements(source, function)
+    lines = source.split("\n")
+    text = textwrap.indent(textwrap.dedent(text).strip("\n"), " " * body[0].col_offset)
+    return "\n".join([*lines[: body[0].lineno - 1], text, *lines[body[-1].end_lineno :]])
 
 
 def replace(source, old, new):
@@ -189,7 +195,7 @@ def test_the_changes_fit_the_code(tmp_path):
     for name in CHANGES:
         change(tmp_path, name)
     for file in ("model.py", "distill.py", "decode.py", "train.py", "data/prepare.py"):
-        assert lab.parse(lab.read(tmp_path / file), file)
+        assert ast.parse(lab.read(tmp_path / file), file)
 
 
 @pytest.mark.slow
@@ -243,7 +249,7 @@ def test_heads_that_share_one_block_are_extended_or_refused(tmp_path):
     """what is printed as frozen must not change; a refusal is one line"""
     mutations.copy_to(tmp_path)
     source = lab.read(tmp_path / "model.py")
-    end = lab.body_lines(source, "model.py::GPT.__init__")[1]
+    end = statements(source, "model.py::GPT.__init__")[-1].end_lineno
     lines = source.split("\n")
     lab.write(
         tmp_path / "model.py", "\n".join([*lines[:end], SHARED_BLOCK.strip("\n"), *lines[end:]])

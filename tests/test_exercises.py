@@ -1,8 +1,8 @@
 """
-The tests of exercises 1 to 7 of README.md: `python tests/lab.py check N` runs those named
-test_N_.., and shows the docstring of the first that fails. They accept every right solution:
-numbers and distributions are compared, not the way to them. None holds a solution, so that a
-hand-out keeps this file.
+The tests of the exercises of README.md: `python tests/lab.py check N` runs those named test_N_..,
+and shows the docstring of the first that fails. They accept every right solution: numbers and
+distributions are compared, not the way to them. None holds a solution, so that a hand-out keeps
+this file.
 """
 
 import inspect
@@ -108,15 +108,24 @@ def test_1_on_the_device_of_x():
     assert got.device.type == "meta" and got.shape == (2, 3, 8)
 
 
-def test_1_with_a_cache_it_is_the_same():
-    """Where a cache is given, forward leaves the attention itself to attend_to_cache(q, k, v,
-    positions, cache)."""
+def assert_cached_steps_equal_the_full_forward():
     model = make_gpt()
     tokens = torch.tensor([[1, 5, 2, 2, 7, 9]])
     want, cache = model.trunk(model.embed(tokens), model.angles(6)), Cache(model, 1, 6, 0)
-    for part in ([0, 1, 2], [3], [4, 5]):
+
+    def feed(tokens, part):
         positions = model.positions(cache, torch.tensor([part]))
-        close(model.trunk_step(tokens[:, part], cache, positions), want[:, part])
+        return model.trunk_step(tokens[:, part], cache, positions)
+
+    for part in ([0, 1, 2], [3], [4, 5]):
+        feed(tokens + 1, part)  # rejected drafts: the next step writes over them
+        close(feed(tokens, part), want[:, part])
+
+
+def test_1_with_a_cache_it_is_the_same():
+    """Where a cache is given, forward leaves the attention itself to attend_to_cache(q, k, v,
+    positions, cache)."""
+    assert_cached_steps_equal_the_full_forward()
 
 
 def test_1_dropout_keeps_the_mean():
@@ -672,14 +681,6 @@ def test_7_where_p_and_q_are_equal():
 # ---- 8. a whole round
 
 
-@pytest.fixture
-def speculative_round():
-    """a hand-out with exercise 7 alone leaves it out, for it shows the answer"""
-    if "left out: " in inspect.getsource(decode.speculative_round):
-        pytest.skip("left out of this hand-out")
-    return decode.speculative_round
-
-
 def every_outcome(monkeypatch, function):
     """{result: its probability}, over all outcomes of decode.sample and decode.bernoulli, however
     often they are called"""
@@ -715,15 +716,13 @@ def every_outcome(monkeypatch, function):
 
 
 @pytest.mark.parametrize("length, heads", [(4, 0), (4, 1), (4, 2), (1, 2), (10, 2), (11, 2)])
-def test_8_the_next_token_has_the_main_heads_distribution(
-    speculative_round, monkeypatch, length, heads
-):
+def test_8_the_next_token_has_the_main_heads_distribution(monkeypatch, length, heads):
     """Whatever a round emitted before, its next token has the distribution of the main head.
     Prompts of 1 token (no h^0 for head 1 to read yet) and contexts (12 here) that are nearly
     full have rounds with fewer drafts, or none."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2, 0, 1, 1, 2, 0, 0, 1][:length]
-    found = every_outcome(monkeypatch, lambda: speculative_round(model, tokens, heads, 3.0))
+    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, heads, 3.0))
     assert max(map(len, found)) <= min(heads + 1, 12 - length)
     for i in range(max(map(len, found))):
         for start in {block[:i] for block in found if len(block) > i}:
@@ -735,12 +734,12 @@ def test_8_the_next_token_has_the_main_heads_distribution(
                     f"token {v} after {[*tokens, *start]}")
 
 
-def test_8_drafts_are_accepted(speculative_round, monkeypatch):
+def test_8_drafts_are_accepted(monkeypatch):
     """Drafts come from the heads, and are accepted with min(1, p/q): a round that drafts nothing is
     exact, too, and useless."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2]
-    found = every_outcome(monkeypatch, lambda: speculative_round(model, tokens, 2, 3.0))
+    found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, 2, 3.0))
     main, head = model.all_logits(torch.tensor([tokens]))[:2]
     both = torch.minimum((main[0, -1] / 3).softmax(-1), (head[0, -1] / 3).softmax(-1)).sum()
     assert sum(w for block, w in found.items() if len(block) > 1) == pytest.approx(float(both))
@@ -774,6 +773,22 @@ def test_9_only_distances_count():
     assert (at(x, 2) * at(y, 5)).sum() - (at(x, 2) * at(y, 6)).sum() != 0
 
 
+def test_9_each_row_has_its_own_position():
+    """x is (B, H, T, hd) and rope (2, B, 1, T, hd): row t of sequence b is rotated by the angles of
+    its own position, the same in all heads."""
+    from model import rotate
+    x, rope = waves(2, 2, 3, 4), make_gpt().rope[:, [[0, 1, 2], [5, 3, 7]]].unsqueeze(2)
+    got = rotate(x, rope)
+    for b, h, t in itertools.product(range(2), range(2), range(3)):
+        close(got[b, h, t], rotate(x[b, h, t], rope[:, b, 0, t]))
+
+
+def test_9_cached_steps_equal_the_full_forward():
+    """Queries and keys of a cached step are rotated by their positions in the text: does it matter
+    how many rows there are?"""
+    assert_cached_steps_equal_the_full_forward()
+
+
 # ---- 10. divergences
 
 
@@ -804,6 +819,34 @@ def test_10_two_of_the_papers():
         0.25 * math.log(0.5) + 0.75 * math.log(1.5)
     )
     assert distill.DIVERGENCES["tv"](p, q).item() == pytest.approx(0.25)
+
+
+# ---- 13. looped heads
+
+
+@pytest.mark.parametrize("m, n", [(1, 3), (2, 5), (3, 4)])
+def test_13_which_head_is_copied(m, n):
+    """Head m+j is a copy of head j, the last round maybe cut short; all logits that the model has
+    stay as they are."""
+    from extend import loop_heads
+    model, tokens = make_gpt(n_mtp=m), torch.tensor([[1, 5, 2, 2, 7, 9]])
+    new = loop_heads(model, n)
+    assert new.config.n_mtp == len(new.heads) == n
+    for k, head in enumerate(new.heads):
+        for got, want in zip(head.parameters(), model.heads[k % m].parameters()):
+            close(got, want, 0)
+    for got, want in zip(new.all_logits(tokens), model.all_logits(tokens)):
+        close(got, want, 0)
+
+
+def test_13_weights_are_copied_and_not_shared():
+    """Training one head must move no other head, nor the model that was copied: is a module or a
+    weight used twice?"""
+    from extend import loop_heads
+    model = make_gpt(n_mtp=2)
+    heads = [*model.heads, *loop_heads(model, 5).heads]
+    places = [weight.data_ptr() for head in heads for weight in head.parameters()]
+    assert len(set(places)) == len(places)
 
 
 def test_the_signatures_are_those_of_the_exercises():
