@@ -124,7 +124,17 @@ def sample(probs, noise):
     race (the Gumbel-max trick): noise_v / probs_v is exponential with rate probs_v, and the
     smallest is v with probability in proportion to its rate. The code takes the largest inverse,
     so that a probability of 0 is never drawn. No host sync, unlike torch.multinomial"""
-    return (probs / noise.clamp_min(torch.finfo(noise.dtype).tiny)).argmax(-1)
+    return argmax(probs / noise.clamp_min(torch.finfo(noise.dtype).tiny))
+
+
+def argmax(x):
+    """(.., V) -> (..). A long row in two steps: a GPU reads it in parallel only if it is cut into
+    pieces"""
+    if x.size(-1) <= 8192 or x.size(-1) % 128:
+        return x.argmax(-1)
+    value, index = x.unflatten(-1, (-1, 128)).max(-1)
+    piece = value.argmax(-1, keepdim=True)
+    return (piece * 128 + index.gather(-1, piece)).squeeze(-1)
 
 
 def probabilities(logits, temperature, top_k=None):
@@ -133,7 +143,7 @@ def probabilities(logits, temperature, top_k=None):
     puts all on the argmax"""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature < 1e-20 or top_k == 1:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+        return F.one_hot(argmax(logits), logits.size(-1)).to(logits.dtype)
     if top_k is not None:
         top = logits.topk(min(top_k, logits.size(-1)), dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, top.indices, top.values)
@@ -431,7 +441,7 @@ class Decoder:
             probs = F.pad(probs, (0, len(self.model.weight) - probs.size(-1)))     # draft_vocab
             draft = sample(probs, noise[:, 0])
         else:
-            draft = self.argmax(logits)
+            draft = argmax(logits)
         # same as reading after the write, but saves a kernel launch
         tokens = torch.where(at == at[:, -1:], draft[:, None], self.buffer[self.row, at])
         self.buffer[self.row[:, 0], at[:, -1]] = draft
@@ -449,7 +459,7 @@ class Decoder:
         """apply the accept rule, emit tokens, count them"""
         drafts = tokens[:, 1:]                            # (B, K)
         if self.temperature == 0:
-            choices = self.argmax(logits)                 # (B, K+1): `match` with one-hot p
+            choices = argmax(logits)                      # (B, K+1): `match` with one-hot p
             accepted = num_accepted(choices[:, :-1] == drafts)
             token = select_row(choices, accepted)
         else:
@@ -468,9 +478,6 @@ class Decoder:
         emitted_drafts = torch.minimum(accepted, count)
         self.accepted[self.k].scatter_add_(0, emitted_drafts, (count > 0).long())
         self.n += count
-
-    def argmax(self, logits):
-        return logits.argmax(-1)
 
     def remaining(self):
         """a lower bound on the remaining rounds (synchronises with the device)"""

@@ -497,6 +497,7 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
                 result = evaluate_and_save(model, cfg, val_ids, dtype, state)
         pending = []
         clock = time.perf_counter()
+    del net                                    # before its process group
     if world > 1:                              # rank 0 alone goes on
         torch.distributed.destroy_process_group()
     return result

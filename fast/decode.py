@@ -173,14 +173,6 @@ class FastDecoder(Decoder):
         replay, _, self.drafts = self.graphs[self.k]
         replay()
 
-    def argmax(self, logits):
-        """in two steps: a GPU reads a long row in parallel only if it is cut into pieces"""
-        if logits.size(-1) <= 8192 or logits.size(-1) % 128:
-            return logits.argmax(-1)
-        value, index = logits.unflatten(-1, (-1, 128)).max(-1)
-        piece = value.argmax(-1, keepdim=True)
-        return (piece * 128 + index.gather(-1, piece)).squeeze(-1)
-
 
 @torch.no_grad()
 def capture(function):

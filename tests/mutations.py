@@ -127,7 +127,7 @@ MUTATIONS = [
      "return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)", "return rest",
      ["test_decode.py::test_a_rejection_that_only_rounding_can_cause_still_emits_a_possible_token"]),
     ("an argmax draft is judged as if it had been sampled from q", "decode.py",
-     "draft = sample(probs, noise[:, 0])", "draft = self.argmax(logits)",
+     "draft = sample(probs, noise[:, 0])", "draft = argmax(logits)",
      ["test_decode.py::test_texts_with_true_randomness_follow_the_distribution_and_the_seed[residual]"]),
     ("reseeded before every round: each number is random, the text is not", "decode.py",
      "self.noise.numbers.exponential_(generator=self.generator)",
