@@ -122,11 +122,7 @@ def begin(path, given, heads):
     model.to(torch.promote_types(model.weight.dtype, torch.float32))
     model = loop_heads(model, n)
     earlier = meta.get("extension", {})
-    plan = dict(
-        from_heads=m,
-        copied_from=earlier.get("copied_from", [0] * m) + [m and k % m + 1 for k in range(m, n)],
-        first_steps=earlier.get("first_steps", base.steps),
-    )
+    plan = dict(from_heads=m, first_steps=earlier.get("first_steps", base.steps))
     # beside the checkpoint's folder: X/ckpt.pt -> X-8, X/best.pt -> X-best-8
     folder = path.resolve().parent
     name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"
@@ -189,7 +185,7 @@ def main():
     plan = state["extension"]
     m, n = plan["from_heads"], model.config.n_mtp
     if rank == 0:
-        source = f"copied from heads {plan['copied_from'][m:]}" if m else "random"
+        source = f"copied from heads {[k % m + 1 for k in range(m, n)]}" if m else "random"
         show(f"{m} -> {n} heads, new ones {source}; writing to {cfg.out}")
         if "before" not in plan:               # the copy, not trained yet
             plan["before"] = train.evaluate(model, val_ids, cfg, device, dtype)

@@ -17,7 +17,7 @@ The embedding and the output head W are one matrix, shared by the trunk and all 
 this is a plain GPT: pre-norm blocks, rotary positions (RoPE), squared ReLU, no biases. With the
 last options of GPTConfig it is a Llama: data/pretrained.py loads one.
 
-Try it:  python model.py        prints the shapes and the parameter count of a small model
+Try it:  python model.py        what each head of a small model predicts, and the shapes
 
 Shapes in comments: B batch, T time, d width, V vocabulary, H attention heads, hd = d/H, G key-value
 heads, F feed-forward width, K MTP heads, S cache slots.
@@ -368,7 +368,6 @@ class GPT(nn.Module):
 
 
 if __name__ == "__main__":
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32))
-    print("parameters:", model.count_parameters())
-    for k, logits in enumerate(model.all_logits(torch.zeros(1, 16, dtype=torch.long))):
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    for k, logits in enumerate(GPT(GPTConfig()).all_logits(tokens)):
         print(f"head {k}: logits {tuple(logits.shape)}, row i predicts token i+{k + 1}")

@@ -67,11 +67,11 @@ def test_fresh_heads_learn_and_what_was_there_stays_bit_identical(toy, monkeypat
         assert torch.equal(state[name], weight.float()), name
     cfg = train.stored_config(meta)
     assert (cfg.alpha, cfg.beta, cfg.top_n) == ("0", "1", 65536) and cfg.data == "data/toy-self"
-    assert meta["extension"]["copied_from"] == [0] * 4
+    assert meta["extension"]["from_heads"] == 0
     # .. and on: the loop
     call(monkeypatch, extend, "out/toy-4/ckpt.pt", *SHORT)
     model, meta = common.load_checkpoint("out/toy-4-8/ckpt.pt")
-    assert meta["extension"]["copied_from"] == [0] * 4 + [1, 2, 3, 4] and len(model.heads) == 8
+    assert meta["extension"]["from_heads"] == 4 and len(model.heads) == 8
     assert torch.equal(model.heads[0].mix.weight, after.heads[0].mix.weight)
 
 
