@@ -356,7 +356,7 @@ ROUNDING = ("test_decode.py::"
 BY_HAND = "test_decode.py::test_cached_drafts_texts_and_counts_equal_those_by_hand"
 GREEDY = "test_decode.py::test_greedy_text_is_that_of_plain_decoding"
 GUARD = "return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)"
-WINDOW = "self.window(self.draft_offsets)"
+WINDOW = "self.window(1 - self.width, 0)"
 # (exercise, words of the guide, file, what they mean to change, into what, tests that its answer
 # says fail, and tests that it says pass)
 BREAKS = [
@@ -398,9 +398,9 @@ BREAKS = [
      "self.rope[:, pos].unsqueeze(2)", "self.rope[:, pos - pos[:, :1]].unsqueeze(2)",
      [ROLLBACKS, BY_HAND], [LOOPS]),
     (12, "keep only the last row of the window", "decode.py",
-     WINDOW, "self.window(self.draft_offsets[-1:])", [BY_HAND], [GREEDY]),
+     WINDOW, "self.window(0, 0)", [BY_HAND], [GREEDY]),
     (12, "then all rows but the first", "decode.py",
-     WINDOW, "self.window(self.draft_offsets[-self.heads :])", [BY_HAND], [GREEDY]),
+     WINDOW, "self.window(2 - self.width, 0)", [BY_HAND], [GREEDY]),
     (12, "take the bonus token from the row before the last", "decode.py",
      "token = select_row(choices, accepted)",
      "token = select_row(choices, accepted.clamp_max(self.heads - 1))", [BY_HAND, GREEDY], []),
