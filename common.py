@@ -271,7 +271,7 @@ def load_checkpoint(path, device="cpu", **types):
     for name, kind in types.items():
         if not isinstance(meta.get(name), kind):
             raise UserError(f"{path} has no {name}, or one of another version: it can't be used "
-                            "here; give a checkpoint of train.py or extend.py")
+                            "here; give another one, of train.py or extend.py")
     return model.eval(), meta
 
 

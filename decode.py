@@ -725,7 +725,7 @@ class DecodeConfig(DeviceFlags):
     draft_vocab: int = flag(
         0, "draft only among the first so many ids (for BPE, the most frequent); 0: all"
     )
-    svg: str = flag("", "with --trace: write the trace to this file, as a picture")
+    svg: str = flag("", "--trace, and write it to this file, as a picture")
 
 
 def load(path, device, dtype):
@@ -744,18 +744,17 @@ def main():
     ])
     cfg = DecodeConfig(**given)
     check_flags(cfg)
-    if cfg.svg and not rest["trace"]:
-        raise UserError("--svg is the picture of a trace: give --trace, too")
     model, tokenizer, _ = load(rest["checkpoint"], cfg.device, cfg.dtype)
     prompt = tokenizer.encode_chat(cfg.chat) if cfg.chat else tokenizer.encode(cfg.prompt)
     rounds = []
-    watch = trace(tokenizer, prompt, rounds) if rest["trace"] else stream(tokenizer)
+    tracing = rest["trace"] or cfg.svg
+    watch = trace(tokenizer, prompt, rounds) if tracing else stream(tokenizer)
     heads = cfg.heads
-    if heads == "":
-        heads = "auto" if model.config.n_mtp > 4 else -1
+    if heads == "" and model.config.n_mtp > 4:
+        heads = "auto"
     (ids,), stats = generate(
         model, [prompt], cfg.tokens,
-        heads=None if heads == -1 else heads,
+        heads=None if heads in ("", -1) else heads,
         temperature=cfg.temperature,
         top_k=cfg.top_k or None,
         accept=cfg.accept,
@@ -767,7 +766,7 @@ def main():
         costs=cfg.costs or None,
     )
     text = tokenizer.decode(ids)
-    if rest["trace"]:
+    if tracing:
         show(f"\n{tokenizer.decode(prompt)}{text}")
     if cfg.svg:
         Path(cfg.svg).write_text(svg(rounds), encoding="utf-8")

@@ -79,7 +79,7 @@ def extension_config(base, given, plan, n):
     """the TrainConfig of a checkpoint, changed for training heads m+1 .. n"""
     m = plan["from_heads"]
     changes = dict(
-        schedule_steps=0,
+        n_mtp=m, schedule_steps=0,
         device="auto", fast="auto", compile="auto",
         keep_best=False,           # the main head is frozen: its loss can't say which is best
         kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once

@@ -49,12 +49,9 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in (
-            "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "embed_std", "rope_base",
-            "norm_eps",
-        ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name, value in vars(self).items():
+            if name not in ("n_mtp", "dropout", "swiglu") and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd is {self.n_embd} with n_head {self.n_head}; n_embd / n_head must be a "
@@ -67,7 +64,7 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        if self.n_kv_head < 0 or self.n_head % self.n_kv_head:
+        if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head is {self.n_kv_head}; it must divide n_head {self.n_head}")
         if self.swiglu < 0:
             raise ValueError(f"swiglu is {self.swiglu}; it must be a width, or 0 for squared ReLU")

@@ -319,6 +319,7 @@ def check_moments(model, groups, moments):
             shapes[i] = [torch.Size(), p.shape, p.shape]
     found = {}
     for i, own in moments.items():
+        own = own if isinstance(own, dict) else {}
         parts = [own.get(name) for name in ("step", "exp_avg", "exp_avg_sq")]
         found[i] = [torch.is_tensor(p) and p.is_contiguous() and p.shape for p in parts]
     if found != shapes:
@@ -568,15 +569,14 @@ def table(result, meta):
     return "\n".join(lines)
 
 
-def sample(model, val_ids, meta, temperature=0.8):
+def sample(model, val_ids, meta):
     """continue the beginning of the validation text by speculative decoding -> text to print"""
     tokenizer = Tokenizer(meta["tokenizer"])
     prompt = val_ids[: min(32, 1 + model.config.block_size // 4)].tolist()
     with torch.compiler.set_stance("force_eager"):
-        texts, stats = decode.generate(model, [prompt], 160, temperature=temperature, top_k=50)
-    return (f"--- a sample at temperature {temperature}: 1 token by the prefill, then "
-            f"{stats.tokens - 1} in {stats.forwards} forwards "
-            f"({stats.tokens_per_forward:.2f} each)\n"
+        texts, stats = decode.generate(model, [prompt], 160, temperature=0.8, top_k=50)
+    return (f"--- a sample at temperature 0.8: 1 token by the prefill, then {stats.tokens - 1} in "
+            f"{stats.forwards} forwards ({stats.tokens_per_forward:.2f} each)\n"
             f"{tokenizer.decode(prompt)}[..]{tokenizer.decode(texts[0])}\n---")
 
 
@@ -586,7 +586,7 @@ def resume(path, given, writer="train.py"):
     UserError where it can't be continued exactly, or not in this folder"""
     path = checkpoint_file(path)
     model, state = load_checkpoint(
-        path, tokenizer=dict, train_config=dict, step=int, best_loss=float
+        path, tokenizer=dict, train_config=dict, step=int, best_loss=float, optimizer=dict
     )
     wrote = "extend.py" if "extension" in state else "train.py"
     if wrote != writer:
@@ -602,8 +602,8 @@ def resume(path, given, writer="train.py"):
         if value != fixed.get(name, value):
             raise UserError(f"--{name} {value} disagrees with the checkpoint, which has "
                             f"{fixed[name]!r}: leave the flag out, or train anew without --resume")
-    optimizer = state.get("optimizer") or {}
-    if not optimizer.get("state"):
+    moments = state["optimizer"].get("state")
+    if not (isinstance(moments, dict) and moments):
         raise UserError(f"{path} has no optimizer state, so that training can't continue exactly; "
                         "resume another checkpoint, or train anew")
     cfg = dataclasses.replace(stored, **{

@@ -54,7 +54,7 @@ def test_text_and_statistics(toys, monkeypatch, capsys, more):
 
 
 def test_the_trace_as_a_picture(toys, monkeypatch, capsys, tmp_path):
-    flags = ["--prompt", "the", "--tokens", 9, "--trace", "--svg", tmp_path / "trace.svg", "--json"]
+    flags = ["--prompt", "the", "--tokens", 9, "--svg", tmp_path / "trace.svg", "--json"]
     out = call(monkeypatch, capsys, toys / "two.pt", *flags)
     svg = (tmp_path / "trace.svg").read_text(encoding="utf-8")
     forwards = json.loads(out.splitlines()[-1])["forwards"]
@@ -98,7 +98,6 @@ def test_more_tokens_than_the_context_takes(toys, monkeypatch, capsys):
     (["two.pt", "--tokens", 0], "--tokens is 0"),
     (["two.pt", "--accept", "x"], "--accept is 'x'"),
     (["two.pt", "--fast", "x"], "--fast is 'x'"),
-    (["two.pt", "--svg", "x.svg"], "--svg is the picture of a trace"),
     (["two.pt", "--prompt", "x" * 64], "64 tokens; the context takes 64"),
     (["gone.pt"], "no checkpoint at"),
 ])

@@ -427,7 +427,7 @@ def test_bad_requests(base, tmp_path, monkeypatch):
         (["--resume", ""], "no checkpoint"), ([base, "--compile", "yes"], "--compile"),
         (["--resume", done, "--steps", 3], "leave out --steps"),
         (["--resume", done, "--heads", 9, "--lr", 1], "leave out --lr, --heads"),
-        (["--resume", done], "no optimizer state"),
+        (["--resume", done], "no optimizer, or"),
         ([base, "--beta", "x"], "--beta is 'x'"), ([base, "--lr", "nan"], "--lr is nan"),
         ([base, "--seed", -1], "--seed"), ([base, "--batch_size", 0], "--batch_size is 0"),
         ([base, "--heads", -1], "heads is -1"), ([base, "--steps", -2], "--steps is -2"),

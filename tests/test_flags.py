@@ -256,8 +256,8 @@ def test_the_closing_sample_has_its_temperature(base, monkeypatch):
         return generate(*args, **options)
     monkeypatch.setattr(decode, "generate", spy)
     _, val, meta = train.open_data(train.TrainConfig(**base.meta["train_config"]))
-    assert "temperature 0.5" in SAMPLE(base.model, val, meta, temperature=0.5)
-    assert asked == [0.5]
+    assert "temperature 0.8" in SAMPLE(base.model, val, meta)
+    assert asked == [0.8]
 
 
 # ---- model.py

@@ -406,7 +406,7 @@ def test_no_steps_write_the_untrained_model(data, tmp_path, monkeypatch):
     model, meta = common.load_checkpoint(tmp_path / "ckpt.pt")
     assert meta["step"] == 0 and [row["step"] for row in log_rows(tmp_path)[1:]] == [0]
     assert same(model, new_model(config(data, tmp_path)))
-    with pytest.raises(common.UserError, match="no optimizer state"):
+    with pytest.raises(common.UserError, match="no optimizer, or"):
         call(monkeypatch, "--resume", tmp_path / "ckpt.pt", "--steps=3")
 
 
@@ -537,7 +537,8 @@ def test_an_evaluation_that_fails_loses_no_steps(data, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("change,message", [
     ({"optimizer": {"state": {}, "param_groups": []}}, "no optimizer state"),
-    ({"optimizer": {}}, "no optimizer state"),
+    ({"optimizer": {}}, "no optimizer state"), ({"optimizer": "x"}, "no optimizer, or"),
+    ({"optimizer": {"state": "x"}}, "no optimizer state"),
     ({"step": -1}, "step -1"), ({"train_config": {"block_size": 17}}, "block_size 17"),
 ])
 def test_what_can_not_be_resumed_exactly(two_steps, tmp_path, monkeypatch, change, message):
@@ -610,13 +611,14 @@ def test_two_processes_equal_one(data, tmp_path):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda meta: meta["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer state"),
+    (lambda meta: meta["optimizer"]["state"].update({0: None}), "optimizer state"),
     (lambda meta: meta["optimizer"]["state"][1].pop("exp_avg_sq"), "optimizer state"),
     (lambda meta: meta["optimizer"]["state"].pop(2), "optimizer state"),
     (lambda meta: meta["optimizer"]["state"][0].update(step=3), "optimizer state"),
     (lambda meta: meta["optimizer"]["state"][0].update(  # one number, as a whole matrix
         exp_avg=torch.zeros(1).expand(meta["optimizer"]["state"][0]["exp_avg"].shape)),
      "optimizer state"),
-    (lambda meta: meta.update(optimizer=None), "no optimizer state"),
+    (lambda meta: meta.update(optimizer=None), "no optimizer, or"),
     (lambda meta: meta.pop("tokenizer"), "no tokenizer"),
     (lambda meta: meta.update(train_config=[1]), "no train_config"),
     (lambda meta: meta.update(step="3"), "no step"),
