@@ -442,9 +442,9 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
 
 
 def train(model, cfg, train_ids, val_ids, meta, state=None):
-    """train `model` up to step cfg.steps; only what requires a gradient moves (see extend.py).
-    `state` are entries of the checkpoint: all of the one to continue from, or more for a new run's
-    -> the last evaluation (see evaluate); None on all ranks but 0"""
+    """train `model` up to step cfg.steps; only what requires a gradient moves (see extend.py). The
+    last evaluation (see evaluate) is returned, None on all ranks but 0. `state`: entries of the
+    checkpoint, all of the one to continue from, or more for a new run's"""
     rank, world = processes()
     device = model.weight.device
     dtype, _ = pick_dtype(cfg.dtype, device)

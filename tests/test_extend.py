@@ -442,6 +442,8 @@ def test_bad_requests(base, tmp_path, monkeypatch):
     for argv in ([], [base, "--resume", base], [base, "--n_layer", 3]):  # argparse says what
         with pytest.raises(SystemExit):
             call(monkeypatch, *argv)
+    model, meta = common.load_checkpoint(done)
+    common.save_checkpoint(done, model, **{**meta, "optimizer": {}})
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(done), "--steps", "9"])
     with pytest.raises(ValueError, match="extend.py --resume"):
         train.main()
