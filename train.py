@@ -486,8 +486,7 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
         if not evaluating and done % cfg.log_every:
             continue
 
-        # a row of the log. Only here the host waits for the device
-        row = mean_metrics(pending, world)
+        row = mean_metrics(pending, world)     # of the log. Only here the host waits for the device
         if rank == 0:
             check_finite(cfg, "loss", row["loss"], done)
             ms = 1000 * (time.perf_counter() - clock) / len(pending)
