@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -416,6 +417,167 @@ def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
+# the parts of reproduce.py, called alone
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """[the commands that reproduce.py ran, as lists of words]: pretended ones, which write a
+    checkpoint, stop where one that they read is not there, and say how long their steps took"""
+    ran = []
+
+    def run(command, **_):
+        words = command[1:]
+        ran.append(words)
+        read = [tmp_path / word for word in words if word.endswith("ckpt.pt")]
+        missing = [str(path) for path in read if not path.exists()]
+        if "--out" in words and words[0] in ("train.py", "extend.py"):
+            flags = dict(zip(words, words[1:]))
+            out = tmp_path / flags["--out"]
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "ckpt.pt").write_text("", encoding="utf-8")
+            log = [dict(config=dict(steps=int(flags.get("--steps", 600)))),
+                   dict(ms=20.0 if flags.get("--n_mtp") == "0" else 30.0)]
+            (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
+        return SimpleNamespace(returncode=len(missing), stdout="[1]", stderr=" ".join(missing))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(tables, "write", lambda folder, rows: None)
+    for name in [*reproduce.PRETRAINED, reproduce.CODE]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+    return ran
+
+
+def part(monkeypatch, tmp_path, name, *flags):
+    """one part of the gpu scale -> {name: row} of all rows there are"""
+    start(monkeypatch, tmp_path, "--scale", "gpu", "--part", name, *flags)
+    rows = tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")
+    result = {row["name"]: row for row in rows}
+    assert len(result) == len(rows)                        # no run has two rows
+    return result
+
+
+def flags_of(row):
+    words = row["command"].split()
+    return dict(zip(words, words[1:]))
+
+
+@pytest.mark.parametrize("name", [
+    "presets", "entropy", "plain", "pilot", "extend", "deep", "undetached", "speed", "clock",
+    "pretrained",
+])
+def test_a_part_alone_makes_what_it_reads(name, tmp_path, monkeypatch, commands):
+    """from nothing; and where rows are there but no checkpoint, as on another computer"""
+    rows = part(monkeypatch, tmp_path, name, "--commit", "1234567")
+    ran = len(commands)
+    assert ran == len(rows) and all(row["commit"] == "1234567" for row in rows.values())
+    part(monkeypatch, tmp_path, name)
+    assert len(commands) == ran                            # all have rows
+    path = tmp_path / "results" / "gpu" / "runs.jsonl"
+    read = {word for row in rows.values() for word in row["command"].split()}
+    last = []                                              # those that read, and are not read
+    for row in rows.values():
+        reads = "ckpt.pt" in row["command"].replace("smollm2/ckpt.pt", "")
+        if reads and str(Path(flags_of(row).get("--out", "none"), "ckpt.pt")) not in read:
+            last.append(row)
+    for gone in last[:3]:
+        shutil.rmtree(tmp_path / "out" / "reproduce")
+        kept = [row for row in rows.values() if row is not gone]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        commands.clear()
+        assert set(part(monkeypatch, tmp_path, name)) == set(rows)
+        assert " ".join(commands[-1]) == gone["command"].removeprefix("python ")
+        assert 1 < len(commands) == len(set(map(tuple, commands))) < len(rows)
+    assert last
+
+
+def test_only_the_runs_that_are_named(tmp_path, monkeypatch, commands):
+    rows = part(monkeypatch, tmp_path, "pilot", "--only", "MTP-D seed1,MTP seed3")
+    assert {name for name in rows if "pilot" in name} == {
+        "pilot python MTP-D seed1", "pilot python MTP seed3"}
+    assert {name for name in rows if "pilot" not in name} == {
+        "python K1 MTP-D seed1", "python K1 MTP seed3"}    # which these read
+
+
+def test_the_pilot_copies_one_head_to_eight_and_trains_none(tmp_path, monkeypatch, commands):
+    row = part(monkeypatch, tmp_path, "pilot", "--seeds", "2")["pilot python MTP-D seed2"]
+    flags = flags_of(row)
+    assert (flags["--heads"], flags["--steps"]) == ("8", "0")
+    assert flags["extend.py"].endswith(str(Path("python_K1_MTP-D_seed2", "ckpt.pt")))
+    assert row["part"] == "pilot" and row["n"] == 8
+
+
+def test_the_teacher_that_is_not_detached(tmp_path, monkeypatch, commands):
+    """from the first step; looped to 8 heads; timed over 1-head MTP, on more prompts greedily"""
+    rows = part(monkeypatch, tmp_path, "undetached", "--seeds", "2")
+    training = rows["python deep K4 undetached seed2"]
+    flags = flags_of(training)
+    assert "--no-detach_teacher" in training["command"] and training["part"] == "undetached"
+    assert (flags["--kl_start"], flags["--kl_ramp"], flags["--beta"]) == ("0", "0", "0.5")
+    loop = rows["python deep 8 heads undetached seed2"]
+    assert flags_of(loop)["extend.py"] == flags["--out"] + os.sep + "ckpt.pt"
+    for name, temperatures, count in (("", "0.7,1", "48"), (", greedy", "0", "164")):
+        row = rows[f"speed python deep undetached seed2{name}"]
+        assert flags_of(row)["--temperature"] == temperatures and flags_of(row)["--count"] == count
+        one, ours = [word for word in row["command"].split() if word.endswith("ckpt.pt")]
+        assert "K1_MTP_seed2" in one and Path(ours).parent == Path(flags_of(loop)["--out"])
+
+
+def test_without_prompts_the_clock_says_what_makes_them(tmp_path, monkeypatch, commands, capsys):
+    (tmp_path / reproduce.CODE).unlink()
+    assert not part(monkeypatch, tmp_path, "clock") and not commands
+    assert "python results/prompts.py --count 164" in capsys.readouterr().out
+
+
+def test_gpt2_wants_prose_in_gpt2s_vocabulary(tmp_path, monkeypatch, commands, capsys):
+    folder = tmp_path / "prose-bpe4096"
+    folder.mkdir()
+    meta = folder / "meta.json"
+    meta.write_text('{"tokenizer": {"kind": "bpe"}}', encoding="utf-8")
+    for flags, message in (((), "give --prose"), (("--prose", str(folder)), "another tokenizer")):
+        assert not part(monkeypatch, tmp_path, "gpt2", *flags)
+        assert message in capsys.readouterr().out
+    rows = part(monkeypatch, tmp_path, "gpt2", "--prose", "text.txt", "--gpt2_steps", "7")
+    assert [(row["method"], flags_of(row)["--beta"]) for row in rows.values()] == [
+        ("MTP", "0"), ("MTP-D", "0.5")]
+    for row in rows.values():
+        flags = flags_of(row)
+        assert (flags["--tokenizer"], flags["--steps"], flags["--data"]) == (
+            "gpt2", "7", "text.txt")
+        assert (flags["--preset"], flags["--n_mtp"]) == ("gpt2", "4")
+    meta.write_text('{"tokenizer": {"kind": "gpt2"}}', encoding="utf-8")
+    (tmp_path / "results" / "gpu" / "runs.jsonl").unlink()
+    for row in part(monkeypatch, tmp_path, "gpt2", "--prose", str(folder)).values():
+        assert "--tokenizer" not in row["command"]
+
+
+def test_on_a_gpu_what_is_timed_for_plain_runs_alone(tmp_path, monkeypatch, commands):
+    """1,000 steps of 30 ms are 1,500 of 20 ms, whatever the runs of effect say: they share a GPU"""
+    seen = []
+    both = reproduce.Runner.side_by_side
+
+    def side_by_side(self, function, jobs, each):
+        seen.append((each, [job[0] for job in jobs]))
+        both(self, function, jobs, each)
+
+    monkeypatch.setattr(reproduce.Runner, "side_by_side", side_by_side)
+    rows = part(monkeypatch, tmp_path, "plain", "--seeds", "1,2")
+    alone = [jobs for each, jobs in seen if each == 1 and jobs]
+    assert alone == [["python K0 same steps seed1"], ["python K4 MTP-D alone seed1"]]
+    for seed in (1, 2):
+        assert flags_of(rows[f"python K0 same time seed{seed}"])["--steps"] == "1500"
+        assert rows[f"python K0 same time seed{seed}, loss"]["method"] == "no heads, same time"
+
+
+def test_divergences_of_the_ablation_exist():
+    named = [text.split("--kl ")[1].split()[0] for text in reproduce.ABLATION.values()
+             if "--kl " in text]
+    assert sorted(named) == sorted(set(distill.DIVERGENCES) - {"forward"})
+
+
+# -----------------------------------------------------------------------------
 # check.py
 
 
@@ -677,7 +839,8 @@ def test_a_plain_gpt_is_measured_on_the_targets_of_a_model_with_heads(
 
 
 def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, monkeypatch, capsys):
-    """600 steps of 30 ms with heads are 900 of 20 ms without"""
+    """600 steps of 30 ms with heads are 900 of 20 ms without; the first steps are not counted, for
+    they compile"""
     commands = []
 
     def run(command, **_):
@@ -686,7 +849,7 @@ def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, m
             out = tmp_path / command[command.index("--out") + 1]
             out.mkdir(parents=True)
             steps = int(command[command.index("--steps") + 1]) if "--steps" in command else 600
-            log = [dict(config=dict(steps=steps)), dict(ms=15.0), dict(ms=25.0), dict(val={})]
+            log = [dict(config=dict(steps=steps)), dict(ms=99.0), dict(ms=15.0), dict(ms=25.0)]
             (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
             (out / "ckpt.pt").write_text("", encoding="utf-8")
         return SimpleNamespace(returncode=0, stdout=json.dumps(dict(loss=[3.0])))
