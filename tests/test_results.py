@@ -44,7 +44,7 @@ def row(name, part, result, **labels):
 
 
 def effect_row(method, seed, loss, car):
-    result = dict(loss=[loss, 9.0], ar=[car], car=[car], tokens_per_forward=1 + car)
+    result = dict(loss=[loss, 9 - loss], ar=[car], car=[car], tokens_per_forward=1 + car)
     labels = dict(text="toy", K=1, method=method, seed=seed)
     return row(f"effect {method} {seed}", "effect", result, **labels)
 
@@ -207,9 +207,10 @@ def test_effect_has_means_half_ranges_and_differences_within_a_seed(written):
             effect_row("MTP-D", 3, 5.0, 0.6)]              # seed 3 has no partner
     text, _ = written(rows)
     assert cells(text, "toy", "1", "MTP") == [
-        "2", "3.1500 ±0.1500", "", "50.00 ±10.00", "50.00 ±10.00", "1.500 ±0.100"]
+        "2", "3.1500 ±0.1500", "", "50.00 ±10.00", "50.00 ±10.00", "1.500 ±0.100", ""]
     assert cells(text, "toy", "1", "MTP-D") == [
-        "3", "3.8167 ±0.9750", "0.0750 ±0.0250", "60.00 ±10.00", "60.00 ±10.00", "1.600 ±0.100"]
+        "3", "3.8167 ±0.9750", "0.0750 ±0.0250", "60.00 ±10.00", "60.00 ±10.00", "1.600 ±0.100",
+        "-0.050, -0.100"]
 
 
 def test_the_entropy_table_has_shares_means_and_differences_within_a_seed(written):
@@ -257,6 +258,111 @@ def test_without_matplotlib_there_are_tables_and_one_line(tmp_path, monkeypatch,
                     "`plots`)"]
 
 
+# in the paper's unit
+
+
+def deep_path(name, seed, loop=""):
+    return str(Path("work", f"python_deep_{name}_seed{seed}{loop}", "ckpt.pt"))
+
+
+def accept_row(seed, *values):
+    """values: (kind, checkpoint's name, its loop, heads, tokens per forward)"""
+    result = []
+    for kind, name, loop, heads, tokens in values:
+        result.append(dict(checkpoint=deep_path(name, seed, loop), kind=kind, heads=heads,
+                           tokens_per_forward=tokens, interval=[tokens, tokens]))
+    return row(f"accept {seed}", "accept", result, seed=seed)
+
+
+def timed_row(seed, temperature, *values, looping=1, prompts=4, name="speed"):
+    """values: (checkpoint's name, heads, tokens per second, ms of a round)"""
+    result = []
+    for own, heads, speed, ms in values:
+        loop = "" if own.startswith("K1") else "-16"
+        result.append(dict(
+            checkpoint=deep_path(own, seed, loop), heads=heads, tokens_per_s=speed, ms_round=ms,
+            temperature=temperature, batch=1, kind="", looping=looping, prompts=prompts,
+            tokens_per_forward=1.0, speedup=1.0, predicted_speedup=1.0, over_one=None))
+    return row(f"{name} seed{seed}", "speed", result, seed=seed, text="python deep")
+
+
+def unit(text):
+    """the first table of tables.md, without those after it"""
+    return text[text.index("## In the paper's unit") :].split("\n\n##")[0]
+
+
+def own_rows():
+    """two seeds: 2 and 6 tokens per forward with loops, 1 and 2 without; 6 and 15, 3 and 3"""
+    rows = []
+    for seed, numbers in ((1, (2.0, 6.0, 1.0, 2.0)), (2, (6.0, 15.0, 3.0, 3.0))):
+        one, eight, one_rest, eight_rest = numbers
+        rows.append(accept_row(
+            seed, ("greedy", "K1_MTP", "", 1, one), ("greedy", "K4_MTP-D", "-16", 8, eight),
+            ("greedy, no loops", "K1_MTP", "", 1, one_rest),
+            ("greedy, no loops", "K4_MTP-D", "-16", 8, eight_rest)))
+    return rows
+
+
+def test_the_table_in_the_papers_unit_is_a_ratio_within_a_seed(written):
+    """8 heads: seed 1 6 / 2, seed 2 15 / 6; without loops 2 / 1 and 3 / 3"""
+    text, _ = written(own_rows())
+    line = cells(unit(text), "python deep", "MTP-D", "8")
+    assert line == ["3.05", "2", "2.75 (2.50 .. 3.00)", "1.50 (1.00 .. 2.00)", *[""] * 7]
+
+
+def test_the_clock_is_over_the_one_head_that_was_timed_beside_it(written):
+    """a round of 8 heads takes 1.5 times as long; so 3 times the tokens are twice the speed. Of two
+    timings, that with more prompts counts; one without the model with one head counts nowhere"""
+    one, eight, auto = ("K1_MTP", 1, 100, 2.0), ("K4_MTP-D", 8, 160, 3.0), (
+        "K4_MTP-D", "auto", 150, None)
+    few = timed_row(1, 0, ("K1_MTP", 1, 100, 2.0), ("K4_MTP-D", 8, 500, 3.0), looping=3)
+    lonely = timed_row(1, 0, ("K4_MTP-D", 8, 999, 3.0), looping=0)
+    plain_step = ("K4_MTP-D", 0, 50, 1.0)
+    good = timed_row(1, 0, ("K1_MTP", 0, 50, 1.0), one, plain_step, eight, auto)
+    warm = timed_row(1, 1, one, ("K4_MTP-D", 8, 120, 3.0), name="warm")
+    for order in ([few, good, lonely, warm], [warm, lonely, good, few]):
+        text, _ = written([*own_rows()[:1], *order])
+        line = cells(unit(text), "python deep", "MTP-D", "8")
+        assert line == ["3.05", "1", "3.00", "2.00", "", "", "2.00", "3", "1.60", "", "1.20"]
+        line = cells(unit(text), "python deep", "MTP-D", "auto")
+        assert line == ["", "1", "", "", "", "", "", "3", "1.50", "", ""]
+        assert "| python deep | MTP-D | 0 |" not in unit(text)
+
+
+def test_validation_text_is_compared_from_the_logs_of_training(written):
+    def model(K, method, *car):
+        result = dict(loss=[3.0, 3.1], ar=[car[0]], car=list(car), tokens_per_forward=1 + sum(car))
+        return row(f"{K} {method}", "deep", result, text="python deep", K=K, method=method, seed=1)
+
+    loop = dict(before=dict(car=[0.0] * 8), after=dict(car=[0.5] * 8))
+    old = model(4, "MTP-D", 0.9, 0.9, 0.9, 0.9)            # of an earlier build, called otherwise
+    text, _ = written([
+        model(1, "MTP", 0.6), model(4, "MTP-D", 0.7, 0.5, 0.3, 0.1), dict(old, text="python"),
+        model(4, "MTP", 0.5, 0.5, 0.3, 0.1), model(1, "MTP-D", 0.9),
+        row("loop", "deep", loop, text="python deep", n=8, method="MTP-D", seed=1)])
+    for heads, tokens in (("1", 1.7), ("2", 2.2), ("4", 2.6), ("8", 5.0)):
+        line = cells(unit(text), "python deep", "MTP-D", heads)
+        assert line[5] == f"{tokens / 1.6:.2f}" and line[2:5] + line[6:] == [""] * 8
+    over = text[text.index("## Tokens per forward of MTP-D over") :].split("\n\n##")[0]
+    assert cells(over, "python deep", "4") == [
+        "1.23, from its CARs 1.04", "1", "", "", "", f"{2.6 / 2.4:.3f}"]
+    assert "| python |" not in unit(text)
+
+
+def test_the_pilot_is_shown_before_any_training(written):
+    def pilot(method, seed, third):
+        car = [0.5, 0.25, third, *[0.01] * 5]
+        result = dict(before=dict(car=car), after=dict(car=[0.9] * 8))
+        return row(f"pilot {method} {seed}", "pilot", result, text="toy", n=8, method=method,
+                   seed=seed)
+
+    text, _ = written([pilot("MTP", 1, 0.02), pilot("MTP", 2, 0.04), pilot("MTP-D", 1, 0.125)])
+    assert cells(text, "toy", "1 -> 8", "MTP") == [
+        "2", "50.00 (50.00 .. 50.00)", "25.00 (25.00 .. 25.00)", "3.00 (2.00 .. 4.00)",
+        "1.00 (1.00 .. 1.00)", "1.00 (1.00 .. 1.00)", "1.83 (1.82 .. 1.84)", "0.6"]
+    assert cells(text, "toy", "1 -> 8", "MTP-D")[3] == "12.50"
+
+
 @pytest.fixture
 def plt():
     pytest.importorskip("matplotlib").use("Agg")
@@ -294,6 +400,28 @@ def test_entropy_is_drawn_as_the_mean_of_the_seeds(plt):
     assert drawn(fig)["MTP-D, argmax"] == [(0.5, 100), (4, 50)]
     assert drawn(fig)["MTP, sampled"] == [(0.5, close(90)), (4, close(40))]
     assert [bar.get_height() for bar in fig.axes[0].patches] == [75, 0, 25]
+
+
+def test_the_figure_that_says_it_all(plt):
+    """with own text and the clock; with either alone; with neither, none"""
+    close = pytest.approx
+    one = ("K1_MTP", 1, 100, 2.0)
+    speed = [timed_row(1, 0, one, ("K4_MTP-D", 8, 160, 3.0), ("K4_MTP-D", "auto", 150, None))]
+    paper = [(4, close(2.07)), (8, close(3.05)), (16, close(3.20))]
+    fig = tables.paper_figure(plt, own_rows() + speed)
+    left = drawn(fig)
+    assert left["MTP-D, own greedy text"] == [(8, close(2.75))]
+    assert left["MTP-D, own greedy text that does not loop"] == [(8, close(1.5))]
+    assert left['the paper\'s "speedup"'] == paper
+    right = {line.get_label(): line.get_ydata() for line in fig.axes[-1].lines}
+    assert list(right["MTP-D, greedy, with texts that loop (computed)"]) == [2.0]
+    assert list(right["MTP-D, greedy, without these"]) == [1.6]
+    assert any(list(line.get_ydata()) == [1.5, 1.5] for line in fig.axes[-1].lines)        # auto
+    alone = drawn(tables.paper_figure(plt, speed))
+    assert alone['the paper\'s "speedup"'] == paper
+    assert "MTP-D, own greedy text" in drawn(tables.paper_figure(plt, own_rows()))
+    assert tables.paper_figure(plt, []) is None
+    assert tables.paper_figure(plt, [timed_row(1, 0, ("K4_MTP-D", 8, 160, 3.0))]) is None
 
 
 # -----------------------------------------------------------------------------
