@@ -21,7 +21,9 @@ Parts   presets   `python train.py` as README has it (tiny, or small on a GPU), 
         undetached  the same at K = 4, looped to 8 and timed, with a KL that moves the teacher, too,
                   and from the first step (gpu scale)
         speed     decoding with 0 .. 16 heads, and in batches
-        clock     decoding of the deep models on problems of another source (gpu scale)
+        accept    acceptance of the deep models on given text and on their own, after pieces of
+                  the validation text and after problems of another source (gpu scale)
+        clock     decoding of the deep models on these problems (gpu scale)
         gpt2      124 M parameters on prose with GPT-2's vocabulary, MTP and MTP-D (gpu scale)
         cost      time and memory of training steps (needs the computer to itself)
         cards     which micro_batch fits on cards of 6 to 16 GB, and the time there (gpu scale)
@@ -457,11 +459,15 @@ def undetached(args, runner, sources):
     training, loop = undetached_jobs(args, runner, sources)
     runner.all(training)
     runner.all(loop)
-    for seed in args.seeds if training else ():
-        models = [deep_checkpoint(runner, "K1 MTP", seed),
-                  deep_checkpoint(runner, "K4 undetached", seed, "-8")]
-        timed_jobs(runner, f"speed python deep undetached seed{seed}", "undetached", models,
-                   "1,2,4,8,auto", seed)
+    ours = {seed: deep_checkpoint(runner, "K4 undetached", seed, "-8")
+            for seed in args.seeds if training}
+    jobs = []
+    for seed, own in ours.items():
+        jobs += accept_jobs(f"accept python deep undetached seed{seed}", [own], seed)
+    runner.all(jobs)
+    for seed, own in ours.items():
+        time_decoding(runner, f"speed python deep undetached seed{seed}", "undetached",
+                      [deep_checkpoint(runner, "K1 MTP", seed), own], "1,2,4,8,auto", seed)
 
 
 def deep_checkpoint(runner, name, seed, loop=""):
@@ -469,19 +475,39 @@ def deep_checkpoint(runner, name, seed, loop=""):
     return str(runner.work / folder / "ckpt.pt")
 
 
-def timed_jobs(runner, name, part, models, heads, seed):
+def accept_jobs(name, models, seed):
+    """acceptance after pieces of the validation text, and after problems of another source"""
+    command = ["results/bench.py", "accept", *models, "--count", "128", "--tokens", "128", "--json"]
+    jobs = [(name, "accept", command, dict(text="python deep", seed=seed))]
+    if prompts_exist(CODE):
+        jobs.append((f"{name}, code", "accept", [*command, "--prompts", CODE],
+                     dict(text=UNSEEN, seed=seed)))
+    return jobs
+
+
+def accept(args, runner, sources):
+    jobs = []
+    for seed in args.seeds if args.scale == "gpu" else ():
+        models = [deep_checkpoint(runner, "K1 MTP", seed)]
+        models += [deep_checkpoint(runner, f"K4 {method}", seed, "-16") for method in METHODS]
+        jobs += accept_jobs(f"accept python deep seed{seed}", models, seed)
+    runner.all(jobs)
+
+
+def time_decoding(runner, name, part, models, heads, seed):
     """decoding on problems of another source, over a model that was trained with one head. Three
     of four greedy texts repeat and are left out, so there are more of them"""
     jobs = []
     for what, temperature, count in (("", "0.7,1", "48"), (", greedy", "0", "164")):
         command = ["results/bench.py", "decode", *models, "--count", count, "--prompts", CODE,
                    "--heads", heads, "--temperature", temperature, "--tokens", "128", "--json"]
-        jobs.append((name + what, part, command, dict(text="python deep", seed=seed)))
+        jobs.append((name + what, part, command, dict(text=UNSEEN, seed=seed)))
     if prompts_exist(CODE):
         runner.all(jobs, each=1)
 
 
 CODE = "out/code.jsonl"
+UNSEEN = "python deep, unseen code"            # the text of rows on prompts of CODE
 
 
 def prompts_exist(name):
@@ -520,8 +546,8 @@ def clock(args, runner, sources):
     for seed in args.seeds if args.scale == "gpu" else ():
         models = [deep_checkpoint(runner, "K1 MTP", seed),
                   deep_checkpoint(runner, "K4 MTP-D", seed, "-16")]
-        timed_jobs(runner, f"speed python deep seed{seed}", "speed", models, "1,2,4,8,16,auto",
-                   seed)
+        time_decoding(runner, f"speed python deep seed{seed}", "speed", models,
+                      "1,2,4,8,16,auto", seed)
 
 
 def gpt2(args, runner, sources):
@@ -648,8 +674,8 @@ def extend_pretrained(source, heads, out, labels, flags):
 PARTS = {
     "presets": presets, "effect": effect, "entropy": entropy, "plain": plain,
     "ablation": ablation, "pilot": pilot, "extend": extend, "deep": deep,
-    "undetached": undetached, "nanogpt": nanogpt, "speed": speed, "clock": clock, "gpt2": gpt2,
-    "cost": cost, "cards": cards, "pretrained": pretrained,
+    "accept": accept, "undetached": undetached, "nanogpt": nanogpt, "speed": speed,
+    "clock": clock, "gpt2": gpt2, "cost": cost, "cards": cards, "pretrained": pretrained,
 }
 
 

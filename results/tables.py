@@ -206,16 +206,18 @@ PAPER = {4: 2.07, 8: 3.05, 16: 3.20}                       # heads of MTP-D -> i
 PAPER_OVER_MTP = "1.23, from its CARs 1.04"
 CHECKPOINT = re.compile(r"(.+)_K(\d+)_(MTP|MTP-D|undetached)_seed(\d+)(-\d+)?")
 VALIDATION = "validation"
-OWN_TEXT = ("greedy", "greedy, no loops", "T = 1")         # bench.py accept
+OWN_TEXT = ("greedy", "no loops", "T = 1")                 # bench.py accept
 
 
-def parse_checkpoint(path):
-    """folder/python_deep_K4_MTP-D_seed1-16/ckpt.pt -> ("python deep", 4, "MTP-D", 1), or None"""
-    found = CHECKPOINT.fullmatch(Path(path.replace("\\", "/")).parent.name)
+def model_of(row, result):
+    """what a row measured -> (its text, K, method, seed); None for what is no model of effect, deep
+    or undetached. Folders are called python_deep_K4_MTP-D_seed1-16"""
+    folder = Path(result["checkpoint"].replace("\\", "/")).parent.name
+    found = CHECKPOINT.fullmatch(folder)
     if found is None:
         return None
     text, K, method, seed, _ = found.groups()
-    return text.replace("_", " "), int(K), method, int(seed)
+    return row.get("text", text.replace("_", " ")), int(K), method, int(seed)
 
 
 def key_of(model, heads):
@@ -248,10 +250,11 @@ def tokens_per_forward(rows):
             put(values, VALIDATION, (text, 4, method, row["seed"]), n,
                 1 + sum(row["result"]["after"]["car"]))
     for row in rows:
-        for r in row["result"] if row.get("part") == "accept" else ():
-            model = parse_checkpoint(r["checkpoint"])
-            if model and r["kind"] in OWN_TEXT:
-                put(values, r["kind"], model, r["heads"], r["tokens_per_forward"])
+        for checkpoint in row["result"] if row.get("part") == "accept" else ():
+            model = model_of(row, checkpoint)
+            for r in checkpoint["acceptance"] if model else ():
+                if r["text"] in OWN_TEXT:
+                    put(values, r["text"], model, r["heads"], r["tokens_per_forward"])
     return values
 
 
@@ -265,7 +268,7 @@ def clock(rows):
             continue
         beside = {}                                        # -> {key_of: a dict of bench.py decode}
         for r in row["result"]:
-            model = parse_checkpoint(r["checkpoint"])
+            model = model_of(row, r)
             alone = r["batch"] == 1 and not r.get("kind")
             if model and alone and r["heads"] and key_of(model, r["heads"]):
                 text, _, _, seed = model
@@ -320,7 +323,7 @@ def in_papers_unit(rows):
 
 
 PAPER_COLUMNS = {
-    "greedy": "own greedy text", "greedy, no loops": "own greedy text that does not loop",
+    "greedy": "own greedy text", "no loops": "own greedy text that does not loop",
     "T = 1": "own text, T = 1", VALIDATION: "validation text, from CAR",
     ("clock", "loops"): "clock, greedy: tokens per forward, loops included, over the time of a "
                         "round",
@@ -566,7 +569,7 @@ def shorter(x):
 
 
 COLOUR = {"MTP": "#777777", "MTP-D": "#d1495b"}
-LINES = {"greedy": "-", "greedy, no loops": "--", "T = 1": ":", VALIDATION: "-."}
+LINES = {"greedy": "-", "no loops": "--", "T = 1": ":", VALIDATION: "-."}
 
 
 def canvas(plt, panels=1, lines=1):
@@ -736,12 +739,13 @@ def cost_figure(plt, rows):
 
 
 def paper_figure(plt, rows):
-    """over a model with one head, by the number of heads: tokens per forward, and the clock"""
+    """over a model with one head, by the number of heads: tokens per forward after pieces of the
+    validation text, and the clock after problems of another source"""
     unit = in_papers_unit(rows)
-    found = [text for text in unit if text == "python deep" and any(unit[text].values())]
-    if not found:
+    columns = unit.get("python deep", {})
+    clocks = unit.get("python deep, unseen code", {})
+    if not any([*columns.values(), *clocks.values()]):
         return None
-    columns = unit[found[0]]
     fig, (left, right) = canvas(plt, 2)
     kinds = [kind for kind in OWN_TEXT if columns.get(kind)] or [VALIDATION]
     for kind in kinds:
@@ -751,12 +755,12 @@ def paper_figure(plt, rows):
     left.plot(list(PAPER), list(PAPER.values()), "k*", ms=9, ls="", label='the paper\'s "speedup"')
     for name, kind, label in (
         ("loops", "greedy", "greedy, with texts that loop (computed)"),
-        (0, "greedy, no loops", "greedy, without these"), (1, "T = 1", "temperature 1"),
+        (0, "no loops", "greedy, without these"), (1, "T = 1", "temperature 1"),
     ):
-        range_line(right, columns.get(("clock", name), {}), "MTP-D", LINES[kind],
+        range_line(right, clocks.get(("clock", name), {}), "MTP-D", LINES[kind],
                    f"MTP-D, {label}")
     left.set(title="tokens per forward, over 1-head MTP")
-    right.set(title="tokens per second, over 1-head MTP")
+    right.set(title="tokens per second, over 1-head MTP; unseen code")
     top = max(ax.get_ylim()[1] for ax in (left, right))
     for ax in (left, right):
         ax.axhline(1, color="#cccccc", lw=1, zorder=0)

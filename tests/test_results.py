@@ -265,13 +265,15 @@ def deep_path(name, seed, loop=""):
     return str(Path("work", f"python_deep_{name}_seed{seed}{loop}", "ckpt.pt"))
 
 
-def accept_row(seed, *values):
-    """values: (kind, checkpoint's name, its loop, heads, tokens per forward)"""
+def accept_row(seed, text, *values):
+    """as bench.py accept gives it; values: (kind of text, checkpoint's name, its loop, heads,
+    tokens per forward)"""
     result = []
     for kind, name, loop, heads, tokens in values:
-        result.append(dict(checkpoint=deep_path(name, seed, loop), kind=kind, heads=heads,
-                           tokens_per_forward=tokens, interval=[tokens, tokens]))
-    return row(f"accept {seed}", "accept", result, seed=seed)
+        own = [dict(text=kind, heads=heads, tokens_per_forward=tokens, interval=[tokens, tokens]),
+               dict(text="given", heads=heads, tokens_per_forward=99.0)]
+        result.append(dict(checkpoint=deep_path(name, seed, loop), acceptance=own, predictions=[]))
+    return row(f"accept {seed}, {text}", "accept", result, seed=seed, text=text)
 
 
 def timed_row(seed, temperature, *values, looping=1, prompts=4, name="speed"):
@@ -283,7 +285,7 @@ def timed_row(seed, temperature, *values, looping=1, prompts=4, name="speed"):
             checkpoint=deep_path(own, seed, loop), heads=heads, tokens_per_s=speed, ms_round=ms,
             temperature=temperature, batch=1, kind="", looping=looping, prompts=prompts,
             tokens_per_forward=1.0, speedup=1.0, predicted_speedup=1.0, over_one=None))
-    return row(f"{name} seed{seed}", "speed", result, seed=seed, text="python deep")
+    return row(f"{name} seed{seed}", "speed", result, seed=seed, text=reproduce.UNSEEN)
 
 
 def unit(text):
@@ -291,15 +293,15 @@ def unit(text):
     return text[text.index("## In the paper's unit") :].split("\n\n##")[0]
 
 
-def own_rows():
+def own_rows(text="python deep"):
     """two seeds: 2 and 6 tokens per forward with loops, 1 and 2 without; 6 and 15, 3 and 3"""
     rows = []
     for seed, numbers in ((1, (2.0, 6.0, 1.0, 2.0)), (2, (6.0, 15.0, 3.0, 3.0))):
         one, eight, one_rest, eight_rest = numbers
         rows.append(accept_row(
-            seed, ("greedy", "K1_MTP", "", 1, one), ("greedy", "K4_MTP-D", "-16", 8, eight),
-            ("greedy, no loops", "K1_MTP", "", 1, one_rest),
-            ("greedy, no loops", "K4_MTP-D", "-16", 8, eight_rest)))
+            seed, text, ("greedy", "K1_MTP", "", 1, one), ("greedy", "K4_MTP-D", "-16", 8, eight),
+            ("no loops", "K1_MTP", "", 1, one_rest),
+            ("no loops", "K4_MTP-D", "-16", 8, eight_rest)))
     return rows
 
 
@@ -321,12 +323,12 @@ def test_the_clock_is_over_the_one_head_that_was_timed_beside_it(written):
     good = timed_row(1, 0, ("K1_MTP", 0, 50, 1.0), one, plain_step, eight, auto)
     warm = timed_row(1, 1, one, ("K4_MTP-D", 8, 120, 3.0), name="warm")
     for order in ([few, good, lonely, warm], [warm, lonely, good, few]):
-        text, _ = written([*own_rows()[:1], *order])
-        line = cells(unit(text), "python deep", "MTP-D", "8")
+        text, _ = written([*own_rows(reproduce.UNSEEN)[:1], *own_rows(), *order])
+        line = cells(unit(text), reproduce.UNSEEN, "MTP-D", "8")
         assert line == ["3.05", "1", "3.00", "2.00", "", "", "2.00", "3", "1.60", "", "1.20"]
-        line = cells(unit(text), "python deep", "MTP-D", "auto")
+        line = cells(unit(text), reproduce.UNSEEN, "MTP-D", "auto")
         assert line == ["", "1", "", "", "", "", "", "3", "1.50", "", ""]
-        assert "| python deep | MTP-D | 0 |" not in unit(text)
+        assert "| MTP-D | 0 |" not in unit(text)
 
 
 def test_validation_text_is_compared_from_the_logs_of_training(written):
@@ -408,7 +410,7 @@ def test_the_figure_that_says_it_all(plt):
     one = ("K1_MTP", 1, 100, 2.0)
     speed = [timed_row(1, 0, one, ("K4_MTP-D", 8, 160, 3.0), ("K4_MTP-D", "auto", 150, None))]
     paper = [(4, close(2.07)), (8, close(3.05)), (16, close(3.20))]
-    fig = tables.paper_figure(plt, own_rows() + speed)
+    fig = tables.paper_figure(plt, own_rows() + own_rows(reproduce.UNSEEN) + speed)
     left = drawn(fig)
     assert left["MTP-D, own greedy text"] == [(8, close(2.75))]
     assert left["MTP-D, own greedy text that does not loop"] == [(8, close(1.5))]
@@ -593,8 +595,8 @@ def flags_of(row):
 
 
 @pytest.mark.parametrize("name", [
-    "presets", "entropy", "plain", "pilot", "extend", "deep", "undetached", "speed", "clock",
-    "pretrained",
+    "presets", "entropy", "plain", "pilot", "extend", "deep", "accept", "undetached", "speed",
+    "clock", "pretrained",
 ])
 def test_a_part_alone_makes_what_it_reads(name, tmp_path, monkeypatch, commands):
     """from nothing; and where rows are there but no checkpoint, as on another computer"""
@@ -651,6 +653,20 @@ def test_the_teacher_that_is_not_detached(tmp_path, monkeypatch, commands):
         assert flags_of(row)["--temperature"] == temperatures and flags_of(row)["--count"] == count
         one, ours = [word for word in row["command"].split() if word.endswith("ckpt.pt")]
         assert "K1_MTP_seed2" in one and Path(ours).parent == Path(flags_of(loop)["--out"])
+
+
+def test_own_text_after_the_validation_text_and_after_other_problems(
+    tmp_path, monkeypatch, commands
+):
+    rows = part(monkeypatch, tmp_path, "accept", "--seeds", "2")
+    texts = {"": "python deep", ", code": reproduce.UNSEEN}
+    for name, text in texts.items():
+        row = rows[f"accept python deep seed2{name}"]
+        folders = [Path(word).parent.name for word in row["command"].split() if "ckpt" in word]
+        assert folders == ["python_deep_K1_MTP_seed2", "python_deep_K4_MTP_seed2-16",
+                           "python_deep_K4_MTP-D_seed2-16"]
+        assert (row["part"], row["text"]) == ("accept", text)
+        assert (flags_of(row).get("--prompts") == reproduce.CODE) == (name != "")
 
 
 def test_without_prompts_the_clock_says_what_makes_them(tmp_path, monkeypatch, commands, capsys):
