@@ -74,12 +74,12 @@ def first_ar(row):
     return row["result"]["ar"][0]
 
 
-# models of an earlier build: rows of the part deep whose text is not called so
 TRAINED = ("effect", "deep", "undetached", "gpt2")
 
 
 def trained(rows):
-    """{(text, K, method): the rows of the models that were trained whole}"""
+    """{(text, K, method): the rows of the models that were trained whole}; those of the part deep
+    whose text is "python" are of an earlier build"""
     kept = [row for row in rows if row.get("part") != "deep" or row.get("text") == "python deep"]
     return group(kept, TRAINED, "text", "K", "method")
 
@@ -205,8 +205,9 @@ PAPER = {4: 2.07, 8: 3.05, 16: 3.20}                       # heads of MTP-D -> i
 # 4 heads of MTP-D over 4 of MTP: as stated, and what its own CARs give
 PAPER_OVER_MTP = "1.23, from its CARs 1.04"
 CHECKPOINT = re.compile(r"(.+)_K(\d+)_(MTP|MTP-D|undetached)_seed(\d+)(-\d+)?")
-VALIDATION = "validation"
-OWN_TEXT = ("greedy", "no loops", "T = 1")                 # bench.py accept
+OWN_TEXT = ("greedy", "no loops", "T = 1")                 # as bench.py accept calls it
+GIVEN = "given"                                            # validation text, there
+VALIDATION = "from CAR"                                    # the same, by the evaluation of train.py
 
 
 def model_of(row, result):
@@ -253,8 +254,7 @@ def tokens_per_forward(rows):
         for checkpoint in row["result"] if row.get("part") == "accept" else ():
             model = model_of(row, checkpoint)
             for r in checkpoint["acceptance"] if model else ():
-                if r["text"] in OWN_TEXT:
-                    put(values, r["text"], model, r["heads"], r["tokens_per_forward"])
+                put(values, r["text"], model, r["heads"], r["tokens_per_forward"])
     return values
 
 
@@ -324,7 +324,8 @@ def in_papers_unit(rows):
 
 PAPER_COLUMNS = {
     "greedy": "own greedy text", "no loops": "own greedy text that does not loop",
-    "T = 1": "own text, T = 1", VALIDATION: "validation text, from CAR",
+    "T = 1": "own text, T = 1", GIVEN: "validation text",
+    VALIDATION: "validation text, 1 + sum of CAR",
     ("clock", "loops"): "clock, greedy: tokens per forward, loops included, over the time of a "
                         "round",
     "used": "prompts that don't loop", ("clock", 0): "clock, greedy, on these",
@@ -357,6 +358,7 @@ def paper_table(rows):
 
 def over_mtp_table(rows):
     """MTP-D over MTP with as many heads"""
+    texts = (*OWN_TEXT, GIVEN, VALIDATION)
     found = {}
     for (text, kind), values in tokens_per_forward(rows).items():
         for (method, heads), seeds in values.items():
@@ -367,11 +369,11 @@ def over_mtp_table(rows):
                 found.setdefault((text, heads), {})[kind] = ratios
     lines = []
     for (text, heads), kinds in sorted(found.items()):
-        cells = [kinds.get(kind, []) for kind in (*OWN_TEXT, VALIDATION)]
+        cells = [kinds.get(kind, []) for kind in texts]
         lines.append([text, heads, PAPER_OVER_MTP if heads == 4 else "", max(map(len, cells)),
                       *[ranged(cell, digits=3) for cell in cells]])
     head = ["text", "heads", "paper", "seeds",
-            *[PAPER_COLUMNS[kind] for kind in (*OWN_TEXT, VALIDATION)]]
+            *[PAPER_COLUMNS[kind] for kind in texts]]
     return markdown("Tokens per forward of MTP-D over those of MTP with as many heads, same seed "
                     "(mean, range)", head, lines)
 
