@@ -124,8 +124,8 @@ class Runner:
     def has(self, name):
         return any(row["name"] == name for row in self.rows)
 
-    def run(self, name, part, command, gpu=0, **labels):
-        """one command that prints JSON on its last line"""
+    def run(self, name, part, command, gpu=0, alone=True, **labels):
+        """one command that prints JSON on its last line; alone: no other one shares its GPU"""
         if self.has(name):
             return
         begin = time.time()
@@ -138,6 +138,8 @@ class Runner:
         if command[0] == "train.py":
             out = command[command.index("--out") + 1]
             labels.update(read_log(ROOT / out / "log.jsonl"))
+            if not alone:                      # its times are no measurement
+                labels.pop("ms_per_step", None)
         seconds = time.time() - begin
         shown = "python " + " ".join(c.replace(str(ROOT) + os.sep, "") for c in command)
         self.add(name=name, part=part, command=shown, seconds=round(seconds, 1),
@@ -184,10 +186,12 @@ class Runner:
         jobs = [job for job in wanted if not self.has(job[0])]
         self.restore(jobs)
 
-        def run_job(job, gpu):
-            self.run(*job[:3], gpu=gpu, **job[3])
+        each = each or self.parallel
 
-        self.side_by_side(run_job, jobs, each or self.parallel)
+        def run_job(job, gpu):
+            self.run(*job[:3], gpu=gpu, alone=each == 1, **job[3])
+
+        self.side_by_side(run_job, jobs, each)
 
     def restore(self, jobs):
         """make the checkpoints that these jobs read and that are not there: runs.jsonl is in the
@@ -212,7 +216,7 @@ class Runner:
     def make(self, job, gpu):
         """a run whose checkpoint is needed"""
         if not self.has(job[0]):
-            return self.run(*job[:3], gpu=gpu, **job[3])
+            return self.run(*job[:3], gpu=gpu, alone=self.parallel == 1, **job[3])
         done = self.call(job[2], gpu)
         if done.returncode:
             print(f"{job[0]} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)

@@ -716,6 +716,8 @@ def test_on_a_gpu_what_is_timed_for_plain_runs_alone(tmp_path, monkeypatch, comm
     for seed in (1, 2):
         assert flags_of(rows[f"python K0 same time seed{seed}"])["--steps"] == "1500"
         assert rows[f"python K0 same time seed{seed}, loss"]["method"] == "no heads, same time"
+    with_times = {name for name, row in rows.items() if "ms_per_step" in row}
+    assert with_times == {"python K0 same steps seed1", "python K4 MTP-D alone seed1"}
 
 
 def test_divergences_of_the_ablation_exist():
@@ -1043,6 +1045,16 @@ def test_what_heads_cost_is_a_difference_within_a_seed(written):
     assert cells(text, "toy", "no heads, same time") == [
         "2", "900 ±0", "20.0 ±0.0", "4.4000 ±0.5000", "-0.1000 ±0.0000", "0.0000 ±0.0000"]
     assert "| toy | MTP |" not in text
+
+
+def test_on_a_gpu_the_time_of_a_step_is_that_of_the_run_alone(written):
+    heads = dict(effect_row("MTP-D", 1, 3.0, 0.5), K=4, steps=600)
+    loss = row("toy K0 same steps seed1, loss", "plain", dict(loss=[3.1]), text="toy", seed=1,
+               method="no heads, same steps")
+    alone = row("toy K4 MTP-D alone seed1", "plain", dict(loss=[3.0]), text="toy", seed=1)
+    text, _ = written([heads, loss, dict(alone, steps=600, ms_per_step=30.0)])
+    text = text[text.index("## What heads cost") :]
+    assert cells(text, "toy", "MTP-D")[:3] == ["1", "600 ±0", "30.0"]
 
 
 def test_cards_have_a_column_per_size_and_estimates_with_bounds(written):
