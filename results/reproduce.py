@@ -717,7 +717,7 @@ def parse():
     parser.add_argument("--scale", choices=list(MODEL), default="tiny",
                         help="tiny: CPU, one seed; gpu: one CUDA GPU, three seeds")
     parser.add_argument("--seeds", default="", help="with commas; empty: 1 (tiny), 1,2,3 (gpu)")
-    parser.add_argument("--gpt2_steps", type=int, default=1000,
+    parser.add_argument("--gpt2_steps", type=int, default=800,
                         help="steps of the part gpt2, of 32 windows of 1,024 tokens")
     parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; "
                         "0: 6, or 1 on a CPU (not for speed and cost)")
