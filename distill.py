@@ -43,20 +43,25 @@ def forward_kl(log_p, log_q):
 
 def reverse_kl(log_p, log_q):
     """KL(p || q) = sum_v p_v (log p_v - log q_v)"""
-    log_ratio = log_p - log_q
-    return (log_p.exp() * log_ratio).sum(-1)
+    return forward_kl(log_q, log_p)
+
+
+def hybrid_kl(log_p, log_q):
+    """half of each. The paper's ablation has a hybrid KL and does not say in which shares"""
+    return (forward_kl(log_p, log_q) + reverse_kl(log_p, log_q)) / 2
 
 
 def total_variation(log_p, log_q):
     """1/2 sum_v |p_v - q_v|. With N = V: 1 minus the acceptance rate of drafts sampled at
     temperature 1 (decode.residual)"""
-    difference = log_p.exp() - log_q.exp()
-    return difference.abs().sum(-1) / 2
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
 
 
 # name -> function of log-probabilities, log_p the student's and log_q the teacher's:
 # (.., N) and (.., N) -> (..)
-DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "tv": total_variation}
+DIVERGENCES = {
+    "forward": forward_kl, "reverse": reverse_kl, "hybrid": hybrid_kl, "tv": total_variation,
+}
 
 
 def to_float32(logits):
@@ -76,8 +81,7 @@ def topn_divergence(student, teacher, n, kl="forward", detach_teacher=True):
     if detach_teacher:
         teacher = teacher.detach()
     if n < teacher.size(-1):
-        top = teacher.topk(n, dim=-1, sorted=False).indices     # (C, N), the same set for all heads
-        teacher = teacher.gather(-1, top)                       # (C, N)
+        teacher, top = teacher.topk(n, sorted=False)            # (C, N), the same ids for all heads
         top = top.expand(*student.shape[:-1], -1)               # (.., C, N)
         student = student.gather(-1, top)                       # (.., C, N)
     log_q = F.log_softmax(to_float32(teacher), dim=-1)          # Q~, renormalised over the N

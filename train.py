@@ -97,7 +97,7 @@ class TrainConfig(DeviceFlags):
     alpha: str = flag("0.3", "weight of the heads' cross-entropy: one number, or K with commas")
     beta: str = flag("0.5", "weight of the heads' KL to the main head; 0: no distillation")
     top_n: float = flag(0.1, "N of the TopN KL: a count, or a fraction of the vocabulary below 1")
-    kl: str = flag("forward", "forward | reverse | tv, or your own divergence of distill.py",
+    kl: str = flag("forward", "forward | reverse | hybrid | tv, or your own of distill.py",
                    choices=distill.DIVERGENCES)
     detach_teacher: bool = flag(True, "stop-gradient on the teacher")
     kl_start: float = flag(0.75, "fraction of training after which the KL starts; 1: never",

@@ -11,12 +11,20 @@ its figures.
 Parts   presets   `python train.py` as README has it (tiny, or small on a GPU), then decoding
         effect    MTP and MTP-D at K = 1 and K = 4, on Python source and (with --prose) on prose
         entropy   acceptance of the K = 4 models of effect, by the entropy of the main head
-        plain     a GPT without heads, beside K = 4: as many steps, and as long by the clock (tiny
-                  scale; needs the computer to itself)
+        plain     a GPT without heads, beside K = 4: as many steps, and as long by the clock (needs
+                  the computer to itself)
         ablation  the paper's ablation at K = 1: start, detach, N, beta, divergence
+        pilot     the paper's training-free pilot: the K = 1 models of effect copied to 8 heads
         extend    the K = 4 models looped to 8 and to 16 heads
-        deep      MTP-D at K = 4 with three times the layers, for decoding
-        speed     decoding with 0 .. 16 heads, of the deep models, and in batches
+        deep      MTP at K = 1, MTP and MTP-D at K = 4 with three times the layers, looped to 8 and
+                  16 heads, for decoding
+        undetached  the same at K = 4, looped to 8 and timed, with a KL that moves the teacher, too,
+                  and from the first step (gpu scale)
+        speed     decoding with 0 .. 16 heads, and in batches
+        accept    acceptance of the deep models on given text and on their own, after pieces of
+                  the validation text and after problems of another source (gpu scale)
+        clock     decoding of the deep models on these problems (gpu scale)
+        gpt2      124 M parameters on prose with GPT-2's vocabulary, MTP and MTP-D (gpu scale)
         cost      time and memory of training steps (needs the computer to itself)
         cards     which micro_batch fits on cards of 6 to 16 GB, and the time there (gpu scale)
         nanogpt   the shakespeare preset, as a plain GPT and with 4 heads
@@ -25,7 +33,9 @@ Parts   presets   `python train.py` as README has it (tiny, or small on a GPU), 
 
 Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run
 that has a row is not run again, so an interrupted call continues where it stopped. Checkpoints go
-to --work (out/reproduce); entropy, extend and speed read them, and make those again that are gone.
+to --work (out/reproduce). A part that reads checkpoints of another part makes those that are gone
+again, and runs those that have no row yet, so that each part can be called alone. --only TEXT runs
+those runs alone whose names hold TEXT (or one of several, with commas), such as "MTP-D seed1".
 --prose takes a text file (its vocabulary is trained here) or a prepared folder.
 """
 
@@ -73,6 +83,7 @@ ABLATION = {                                   # K = 1; what differs from the de
     "beta 0.3": "--beta 0.3",
     "beta 1.5": "--beta 1.5",
     "reverse KL": "--kl reverse",
+    "hybrid KL": "--kl hybrid",
     "total variation": "--kl tv",
 }
 TWINS = {"default": "MTP-D", "MTP": "MTP"}     # what the part effect has trained already
@@ -82,7 +93,9 @@ EXTEND_STEPS = {"tiny": "", "gpu": "--steps 200 --compile off"}
 class Runner:
     """runs commands side by side, a row of runs.jsonl for each"""
 
-    def __init__(self, scale, work, parallel):
+    def __init__(self, scale, work, parallel, only="", commit=""):
+        self.only = only.split(",")            # texts that the name of a run may hold
+        self.commit = commit or git_commit()
         self.folder = ROOT / "results" / scale
         self.work = Path(work)
         self.parallel = parallel
@@ -102,7 +115,7 @@ class Runner:
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         row = dict(row, device=device, torch=torch.__version__, python=platform.python_version(),
-                   commit=git_commit())
+                   commit=self.commit)
         with self.lock:
             self.rows.append(row)
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
@@ -111,8 +124,8 @@ class Runner:
     def has(self, name):
         return any(row["name"] == name for row in self.rows)
 
-    def run(self, name, part, command, gpu=0, **labels):
-        """one command that prints JSON on its last line"""
+    def run(self, name, part, command, gpu=0, alone=True, **labels):
+        """one command that prints JSON on its last line; alone: no other one shares its GPU"""
         if self.has(name):
             return
         begin = time.time()
@@ -125,6 +138,8 @@ class Runner:
         if command[0] == "train.py":
             out = command[command.index("--out") + 1]
             labels.update(read_log(ROOT / out / "log.jsonl"))
+            if not alone:                      # its times are no measurement
+                labels.pop("ms_per_step", None)
         seconds = time.time() - begin
         shown = "python " + " ".join(c.replace(str(ROOT) + os.sep, "") for c in command)
         self.add(name=name, part=part, command=shown, seconds=round(seconds, 1),
@@ -167,29 +182,44 @@ class Runner:
 
     def all(self, jobs, each=None):
         """jobs (name, part, command, labels); each=1 for those that are timed"""
-        jobs = [job for job in jobs if not self.has(job[0])]
+        wanted = [job for job in jobs if any(text in job[0] for text in self.only)]
+        jobs = [job for job in wanted if not self.has(job[0])]
         self.restore(jobs)
 
-        def run_job(job, gpu):
-            self.run(*job[:3], gpu=gpu, **job[3])
+        each = each or self.parallel
 
-        self.side_by_side(run_job, jobs, each or self.parallel)
+        def run_job(job, gpu):
+            self.run(*job[:3], gpu=gpu, alone=each == 1, **job[3])
+
+        self.side_by_side(run_job, jobs, each)
 
     def restore(self, jobs):
-        """make the checkpoints again that these jobs read, that have a row and whose files are
-        gone: runs.jsonl is in the repository, checkpoints are not. No new row"""
+        """make the checkpoints that these jobs read and that are not there: runs.jsonl is in the
+        repository, checkpoints are not. Those that have a row get no other one"""
+        gone = self.missing(jobs)
+        if gone:
+            self.restore(gone)
+            gone = self.missing(jobs)          # without those that others of them have read
+            names = ", ".join(job[0] for job in gone)
+            print(f"making {len(gone)} checkpoints first: {names}", flush=True)
+            self.side_by_side(self.make, gone, self.parallel)
+
+    def missing(self, jobs):
+        """the jobs that make the checkpoints that these read and that are not there"""
         needed = set()
         for _, _, command, _ in jobs:
             for word in command:
                 if word.endswith("ckpt.pt") and not (ROOT / word).exists():
                     needed.add(Path(word).parent)
-        makers = [self.makers[folder] for folder in sorted(needed) if folder in self.makers]
-        gone = [job for job in makers if self.has(job[0])]
-        if gone:
-            self.restore(gone)
-            names = ", ".join(job[0] for job in gone)
-            print(f"making {len(gone)} checkpoints again: {names}", flush=True)
-            self.side_by_side(lambda job, gpu: self.call(job[2], gpu), gone, self.parallel)
+        return [self.makers[folder] for folder in sorted(needed) if folder in self.makers]
+
+    def make(self, job, gpu):
+        """a run whose checkpoint is needed"""
+        if not self.has(job[0]):
+            return self.run(*job[:3], gpu=gpu, alone=self.parallel == 1, **job[3])
+        done = self.call(job[2], gpu)
+        if done.returncode:
+            print(f"{job[0]} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
 
 
 def read_log(path):
@@ -198,6 +228,7 @@ def read_log(path):
         return {}
     header, *rows = [row for _, row in tables.json_lines(path) if row]
     ms = [row["ms"] for row in rows if "ms" in row]
+    ms = ms[1:] or ms                          # the first steps compile
     return dict(steps=header["config"]["steps"], ms_per_step=round(statistics.mean(ms), 3))
 
 
@@ -222,6 +253,12 @@ def train_job(args, scale, work, name, part, data, seed, more, **labels):
 
 def presets(args, runner, sources):
     """what a reader gets from README's commands: the preset alone, and decoding with its heads"""
+    training, decoding = presets_jobs(args, runner)
+    runner.all(training, each=args.parallel or 1)
+    runner.all(decoding, each=1)
+
+
+def presets_jobs(args, runner):
     preset, count, tokens = ("small", "128", "64") if args.scale == "gpu" else ("tiny", "64", "60")
     training, decoding = [], []
     for seed in args.seeds:
@@ -232,8 +269,7 @@ def presets(args, runner, sources):
         decoding.append((f"speed {preset} seed{seed}", "presets", [
             "results/bench.py", "decode", f"{out}/ckpt.pt", "--heads", "4", "--count", count,
             "--tokens", tokens, "--json"], labels))
-    runner.all(training, each=args.parallel or 1)
-    runner.all(decoding, each=1)
+    return training, decoding
 
 
 def effect_jobs(args, runner, sources):
@@ -255,37 +291,63 @@ def effect(args, runner, sources):
 
 def plain(args, runner, sources):
     """a GPT without heads, with the steps of the K = 4 models and in the time of MTP-D's"""
-    if args.scale != "tiny":
-        return print("plain: only at the scale tiny; on a GPU, training runs share it")
     for text, (data, extra) in sources.items():
-        for seed in args.seeds:
-            name = f"{text} K0 same steps seed{seed}"
-            plain_run(args, runner, name, text, data, seed, extra, "no heads, same steps")
-            heads = find_row(runner, f"{text} K4 MTP-D seed{seed}")
-            own = find_row(runner, name)
-            if not heads or not own or "ms_per_step" not in heads:
-                print(f"{text}, seed {seed}: without the time of a step of K = 4 (run the part "
-                      "effect anew) there is no run of the same time")
-                continue
-            steps = round(heads["steps"] * heads["ms_per_step"] / own["ms_per_step"])
-            name = f"{text} K0 same time seed{seed}"
-            more = f"{extra} --steps {steps}"
-            plain_run(args, runner, name, text, data, seed, more, "no heads, same time")
+        first, *others = plain_jobs(args, runner, text, data, extra, "steps")
+        runner.all([first], each=1)            # alone, for its steps are timed
+        own = find_row(runner, first[0])
+        heads = timed_heads(args, runner, text, data, extra)
+        runner.all(others)
+        plain_losses(runner, text, [first, *others], "no heads, same steps")
+        if not heads or not own or "ms_per_step" not in heads:
+            print(f"{text}: without the time of a step of K = 4 (run the part effect anew) there "
+                  "is no run of the same time")
+            continue
+        steps = round(heads["steps"] * heads["ms_per_step"] / own["ms_per_step"])
+        longer = plain_jobs(args, runner, text, data, f"{extra} --steps {steps}", "time")
+        runner.all(longer)
+        plain_losses(runner, text, longer, "no heads, same time")
+
+
+def plain_jobs(args, runner, text, data, extra, kind):
+    jobs = []
+    for seed in args.seeds:
+        name = f"{text} K0 same {kind} seed{seed}"
+        jobs.append(train_job(args, args.scale, runner.work, name, "plain", data, seed,
+                              f"{extra} --n_mtp 0", text=text))
+    return jobs
+
+
+def timed_heads(args, runner, text, data, extra):
+    """the row that says how long a step of MTP-D at K = 4 takes. On a GPU the runs of effect share
+    it, so there one more runs alone"""
+    seed = args.seeds[0]
+    if args.scale == "tiny":
+        return find_row(runner, f"{text} K4 MTP-D seed{seed}")
+    name = f"{text} K4 MTP-D alone seed{seed}"
+    runner.all([train_job(args, args.scale, runner.work, name, "plain", data, seed,
+                          f"{extra} --n_mtp 4 --beta 0.5", text=text)], each=1)
+    return find_row(runner, name)
 
 
 def find_row(runner, name):
     return next((row for row in runner.rows if row["name"] == name), None)
 
 
-def plain_run(args, runner, name, text, data, seed, more, method):
-    """train without heads; then the loss on the targets that four heads are evaluated on"""
-    job = train_job(args, args.scale, runner.work, name, "plain", data, seed,
-                    f"{more} --n_mtp 0", text=text)
-    checkpoint = str(Path(job[2][job[2].index("--out") + 1]) / "ckpt.pt")
-    command = ["results/plain.py", checkpoint, "--heads", "4", "--json"]
-    runner.makers[Path(checkpoint).parent] = job
-    runner.all([job], each=1)
-    runner.all([(f"{name}, loss", "plain", command, dict(seed=seed, text=text, method=method))])
+def plain_losses(runner, text, jobs, method):
+    """the loss of models without heads on the targets that four heads are evaluated on"""
+    losses = []
+    for name, part, command, labels in jobs:
+        runner.makers[out_folder(command)] = (name, part, command, labels)
+        checkpoint = str(out_folder(command) / "ckpt.pt")
+        losses.append((f"{name}, loss", "plain",
+                       ["results/plain.py", checkpoint, "--heads", "4", "--json"],
+                       dict(seed=labels["seed"], text=text, method=method)))
+    runner.all(losses)
+
+
+def out_folder(command):
+    """where a command of train.py or extend.py writes"""
+    return Path(command[command.index("--out") + 1])
 
 
 def entropy(args, runner, sources):
@@ -321,10 +383,27 @@ def ablation(args, runner, sources):
     runner.all(jobs)
 
 
-def extend_jobs(args, runner, texts, n, source, part="extend"):
+def pilot(args, runner, sources):
+    """8 heads that are copies of the only one, without training, as in the paper's pilot"""
+    jobs = []
+    for text in sources:
+        for method in METHODS:
+            for seed in args.seeds:
+                base = str(runner.work / f"{text} K1 {method} seed{seed}".translate(FOLDER))
+                command = ["extend.py", f"{base}/ckpt.pt", "--heads", "8", "--steps", "0",
+                           "--compile", "off", "--out", f"{base}-pilot", "--json"]
+                jobs.append((f"pilot {text} {method} seed{seed}", "pilot", command,
+                             dict(seed=seed, text=text, method=method, n=8)))
+    runner.all(jobs)
+
+
+METHODS = ("MTP", "MTP-D")
+
+
+def extend_jobs(args, runner, texts, n, source, part="extend", methods=METHODS):
     jobs = []
     for text in texts:
-        for method in ("MTP", "MTP-D"):
+        for method in methods:
             for seed in args.seeds:
                 base = str(runner.work / f"{text} K4 {method} seed{seed}".translate(FOLDER))
                 command = ["extend.py", f"{base}{source}/ckpt.pt", "--heads", str(n), "--json",
@@ -365,6 +444,84 @@ def deep(args, runner, sources):
         runner.all(extend_jobs(args, runner, ["python deep"], n, source, "deep"))
 
 
+def undetached_jobs(args, runner, sources):
+    """-> (training, its loop to 8 heads): K = 4 where the KL moves the teacher, too"""
+    if args.scale != "gpu":
+        return [], []
+    data, extra = sources["python"]
+    training = []
+    for seed in args.seeds:
+        name = f"python deep K4 undetached seed{seed}"
+        more = f"{extra} --n_layer 24 --n_mtp 4 --beta 0.5 --no-detach_teacher {PAPER}"
+        training.append(train_job(args, args.scale, runner.work, name, "undetached", data, seed,
+                                  more, text="python deep", K=4, method="undetached"))
+    loop = extend_jobs(args, runner, ["python deep"], 8, "", "undetached", ["undetached"])
+    return training, loop
+
+
+def undetached(args, runner, sources):
+    training, loop = undetached_jobs(args, runner, sources)
+    runner.all(training)
+    runner.all(loop)
+    ours = {seed: deep_checkpoint(runner, "K4 undetached", seed, "-8")
+            for seed in args.seeds if training}
+    jobs = []
+    for seed, own in ours.items():
+        jobs += accept_jobs(f"accept python deep undetached seed{seed}", [own], seed)
+    runner.all(jobs)
+    for seed, own in ours.items():
+        time_decoding(runner, f"speed python deep undetached seed{seed}", "undetached",
+                      [deep_checkpoint(runner, "K1 MTP", seed), own], "1,2,4,8,auto", seed)
+
+
+def deep_checkpoint(runner, name, seed, loop=""):
+    folder = f"python deep {name} seed{seed}".translate(FOLDER) + loop
+    return str(runner.work / folder / "ckpt.pt")
+
+
+def accept_jobs(name, models, seed):
+    """acceptance after pieces of the validation text, and after problems of another source"""
+    command = ["results/bench.py", "accept", *models, "--count", "128", "--tokens", "128", "--json"]
+    jobs = [(name, "accept", command, dict(text="python deep", seed=seed))]
+    if prompts_exist(CODE):
+        jobs.append((f"{name}, code", "accept", [*command, "--prompts", CODE],
+                     dict(text=UNSEEN, seed=seed)))
+    return jobs
+
+
+def accept(args, runner, sources):
+    jobs = []
+    for seed in args.seeds if args.scale == "gpu" else ():
+        models = [deep_checkpoint(runner, "K1 MTP", seed)]
+        models += [deep_checkpoint(runner, f"K4 {method}", seed, "-16") for method in METHODS]
+        jobs += accept_jobs(f"accept python deep seed{seed}", models, seed)
+    runner.all(jobs)
+
+
+def time_decoding(runner, name, part, models, heads, seed):
+    """decoding on problems of another source, over a model that was trained with one head. Three
+    of four greedy texts repeat and are left out, so there are more of them"""
+    jobs = []
+    for what, temperature, count in (("", "0.7,1", "48"), (", greedy", "0", "164")):
+        command = ["results/bench.py", "decode", *models, "--count", count, "--prompts", CODE,
+                   "--heads", heads, "--temperature", temperature, "--tokens", "128", "--json"]
+        jobs.append((name + what, part, command, dict(text=UNSEEN, seed=seed)))
+    if prompts_exist(CODE):
+        runner.all(jobs, each=1)
+
+
+CODE = "out/code.jsonl"
+UNSEEN = "python deep, unseen code"            # the text of rows on prompts of CODE
+
+
+def prompts_exist(name):
+    """whether there are prompts of another source; without them, one line says what makes them"""
+    if (ROOT / name).exists():
+        return True
+    return print(f"{name} not found; first `python results/prompts.py --count 164 --kinds code "
+                 f"--out {name}`")
+
+
 def speed(args, runner, sources):
     gpu = args.scale == "gpu"
     tokens, prompt_tokens = (128, 64) if gpu else (64, 32)
@@ -382,12 +539,6 @@ def speed(args, runner, sources):
     jobs = [job("speed python", "decode", *many, "--count", "8"),
             job("check python", "check", ours, "--count", "16")]
     if gpu:
-        for seed in args.seeds:
-            # on problems of another source, over a model that was trained with one head
-            models = [ckpt(f"deep K1 MTP seed{seed}"), ckpt(f"deep K4 MTP-D seed{seed}", "-16")]
-            jobs.append(job(f"speed python deep seed{seed}", "decode", *models, "--count", "48",
-                            "--prompts", "out/code.jsonl", "--heads", "1,2,4,8,16,auto",
-                            "--temperature", "0,0.7,1", seed=seed))
         for batch in (8, 32):
             jobs.append(job(f"speed python batch {batch}", "decode", ours, "--heads", "4",
                             "--batch", str(batch), "--count", str(2 * batch), batch=batch))
@@ -395,10 +546,45 @@ def speed(args, runner, sources):
     runner.all(jobs, each=1)                   # they are timed
 
 
+def clock(args, runner, sources):
+    for seed in args.seeds if args.scale == "gpu" else ():
+        models = [deep_checkpoint(runner, "K1 MTP", seed),
+                  deep_checkpoint(runner, "K4 MTP-D", seed, "-16")]
+        time_decoding(runner, f"speed python deep seed{seed}", "speed", models,
+                      "1,2,4,8,16,auto", seed)
+
+
+def gpt2(args, runner, sources):
+    """GPT-2's shape and vocabulary on prose: the same signs as at small scale?"""
+    if args.scale != "gpu":
+        return
+    if not args.prose:
+        return print("gpt2: give --prose, a text or its folder prepared with --tokenizer gpt2")
+    data, flags = source(args.prose, "", "gpt2")
+    meta = ROOT / data / "meta.json"
+    if not flags and json.loads(meta.read_text(encoding="utf-8"))["tokenizer"]["kind"] != "gpt2":
+        return print(f"gpt2: {data} was prepared with another tokenizer; give the text itself, or "
+                     "a folder prepared with --tokenizer gpt2")
+    jobs = []
+    for method, beta in (("MTP", "0"), ("MTP-D", "0.5")):
+        seed = args.seeds[0]
+        name = f"gpt2 K4 {method} seed{seed}"
+        command = ["train.py", "--preset", "gpt2", "--data", data, *flags.split(), "--n_mtp", "4",
+                   "--beta", beta, "--steps", str(args.gpt2_steps), "--warmup", "100",
+                   "--batch_size", "32", "--micro_batch", "16", "--compile", "blocks",
+                   "--eval_every", "100000", "--eval_windows", "100", "--seed", str(seed),
+                   "--out", str(runner.work / name.translate(FOLDER)), "--json"]
+        jobs.append((name, "gpt2", command, dict(seed=seed, text="prose, 124 M", K=4,
+                                                 method=method)))
+    runner.all(jobs, each=1)
+
+
 def cost(args, runner, sources):
     import cost as costs
+    jobs = []
     for part in costs.SCALES[args.scale]:
-        runner.run(f"cost {part}", "cost", ["results/cost.py", part, "--json"])
+        jobs.append((f"cost {part}", "cost", ["results/cost.py", part, "--json"], {}))
+    runner.all(jobs, each=1)
 
 
 def cards(args, runner, sources):
@@ -408,7 +594,7 @@ def cards(args, runner, sources):
                           ("gpt2", "bfloat16")):
         command = ["results/bench.py", "train", "--memory_gb", "6,8,12,16", "--preset", preset,
                    "--dtype", dtype, "--json"]
-        runner.run(f"cards {preset}", "cards", command)
+        runner.all([(f"cards {preset}", "cards", command, {})], each=1)
 
 
 def nanogpt(args, runner, sources):
@@ -456,34 +642,44 @@ def pretrained(args, runner, sources):
     if missing:
         commands = "; ".join(PRETRAINED[name] for name in missing)
         return print(f"pretrained: {', '.join(missing)} not found; first `{commands}`")
-    for seed in args.seeds:
+    for heads, timing in pretrained_jobs(args, runner):
+        runner.all([heads], each=1)            # as many windows per forward as fit
+        runner.all(timing, each=1)
+
+
+def pretrained_jobs(args, runner):
+    """-> list of (heads for a checkpoint; their acceptance and speed, and is the text the same?)"""
+    jobs = []
+    for seed in args.seeds if args.scale == "gpu" else ():
         for method, flags in FIRST_HEADS.items():
             out = str(runner.work / f"smollm2-{method}-{seed}")
             labels = dict(seed=seed, method=method)
-            extend_pretrained(runner, "out/smollm2/ckpt.pt", 4, out, labels, flags)
+            jobs.append(extend_pretrained("out/smollm2/ckpt.pt", 4, out, labels, flags))
         out = str(runner.work / f"smollm2-KL-{seed}")
-        extend_pretrained(runner, f"{out}/ckpt.pt", 8, f"{out}-8", dict(seed=seed, method="KL"), "")
+        labels = dict(seed=seed, method="KL")
+        jobs.append(extend_pretrained(f"{out}/ckpt.pt", 8, f"{out}-8", labels, ""))
+    return jobs
 
 
-def extend_pretrained(runner, source, heads, out, labels, flags):
-    """heads for one checkpoint; then their acceptance and speed, and is the text the same?"""
+def extend_pretrained(source, heads, out, labels, flags):
     name = f"smollm2 {heads} heads {labels['method']} seed{labels['seed']}"
     labels = dict(labels, heads=heads)
-    runner.run(name, "pretrained", [
-        "extend.py", source, "--heads", str(heads), "--seed", str(labels["seed"]), *flags.split(),
-        "--out", out, "--json"], **labels)
+    training = ["extend.py", source, "--heads", str(heads), "--seed", str(labels["seed"]),
+                *flags.split(), "--out", out, "--json"]
     options = ["--prompts", "out/prompts.jsonl", "--tokens", "128", "--json"]
-    runner.run(f"speed {name}", "pretrained", [
-        "results/bench.py", "decode", f"{out}/ckpt.pt", "--count", "140", "--heads", str(heads),
-        *options], **labels)
-    runner.run(f"check {name}", "pretrained", [
-        "results/bench.py", "check", f"{out}/ckpt.pt", "--count", "64", *options], **labels)
+    decoding = ["results/bench.py", "decode", f"{out}/ckpt.pt", "--count", "140",
+                "--heads", str(heads), *options]
+    checking = ["results/bench.py", "check", f"{out}/ckpt.pt", "--count", "64", *options]
+    return (name, "pretrained", training, labels), [
+        (f"speed {name}", "pretrained", decoding, labels),
+        (f"check {name}", "pretrained", checking, labels)]
 
 
 PARTS = {
     "presets": presets, "effect": effect, "entropy": entropy, "plain": plain,
-    "ablation": ablation, "extend": extend, "deep": deep, "nanogpt": nanogpt, "speed": speed,
-    "cost": cost, "cards": cards, "pretrained": pretrained,
+    "ablation": ablation, "pilot": pilot, "extend": extend, "deep": deep,
+    "accept": accept, "undetached": undetached, "nanogpt": nanogpt, "speed": speed,
+    "clock": clock, "gpt2": gpt2, "cost": cost, "cards": cards, "pretrained": pretrained,
 }
 
 
@@ -514,11 +710,15 @@ def parse():
         ("python", "python", "the source code: a source of data/prepare.py or a prepared folder"),
         ("shakespeare", "", "the prepared Shakespeare folder, for the part nanogpt"),
         ("work", "out/reproduce", "folder for checkpoints"),
+        ("only", "", "only runs whose name holds this text, or one of several, with commas"),
+        ("commit", "", "the commit of this build, for the rows, where there is no git"),
     ):
         parser.add_argument(f"--{name}", default=default, help=help)
     parser.add_argument("--scale", choices=list(MODEL), default="tiny",
                         help="tiny: CPU, one seed; gpu: one CUDA GPU, three seeds")
     parser.add_argument("--seeds", default="", help="with commas; empty: 1 (tiny), 1,2,3 (gpu)")
+    parser.add_argument("--gpt2_steps", type=int, default=800,
+                        help="steps of the part gpt2, of 32 windows of 1,024 tokens")
     parser.add_argument("--parallel", type=int, default=0, help="runs side by side on each GPU; "
                         "0: 6, or 1 on a CPU (not for speed and cost)")
     group = parser.add_argument_group("the check", "other flags go to train.py, such as --beta 0")
@@ -545,6 +745,19 @@ def parse():
     return args
 
 
+def all_makers(args, runner, sources):
+    """the jobs whose checkpoints other jobs read"""
+    makers = presets_jobs(args, runner)[0] + effect_jobs(args, runner, sources)
+    makers += deep_jobs(args, runner, sources)
+    for n, base in LOOPS:
+        makers += extend_jobs(args, runner, sources, n, base)
+        if args.scale == "gpu":
+            makers += extend_jobs(args, runner, ["python deep"], n, base, "deep")
+    for jobs in undetached_jobs(args, runner, sources):
+        makers += jobs
+    return makers + [heads for heads, _ in pretrained_jobs(args, runner)]
+
+
 def main():
     args = parse()
     if args.check and args.record:
@@ -555,16 +768,15 @@ def main():
         sys.exit(1 if outside else 0)
     sources = all_sources(args)
     parallel = args.parallel or (6 if args.scale == "gpu" else 1)
-    runner = Runner(args.scale, args.work, parallel)
-    makers = effect_jobs(args, runner, sources) + deep_jobs(args, runner, sources)
-    for n, base in LOOPS:
-        makers += extend_jobs(args, runner, [*sources, "python deep"], n, base)
-    runner.makers = {Path(job[2][job[2].index("--out") + 1]): job for job in makers}
+    runner = Runner(args.scale, args.work, parallel, args.only, args.commit)
+    runner.makers = {out_folder(job[2]): job for job in all_makers(args, runner, sources)}
     try:
         for name, part in PARTS.items():
             if args.part == "all" or name in args.part.split(","):
                 print(f"== {name}", flush=True)
+                begin = time.time()
                 part(args, runner, sources)
+                print(f"== {name}: {(time.time() - begin) / 60:.1f} minutes", flush=True)
     except KeyboardInterrupt:                  # it has reached the running commands, too
         sys.exit(f"\nreproduce.py: interrupted; {runner.path} has the rows of what was finished, "
                  "and the same command makes the others")

@@ -22,11 +22,21 @@ def spread(values, scale=1, digits=3):
     return text
 
 
-def group(rows, part, *keys):
-    """rows of a part with a result, by their labels"""
+def ranged(values, scale=1, digits=2):
+    """mean and range over seeds, as text"""
+    if not values:
+        return ""
+    mean, low, high = [f"{v * scale:.{digits}f}"
+                       for v in (statistics.mean(values), min(values), max(values))]
+    return f"{mean} ({low} .. {high})" if len(values) > 1 else mean
+
+
+def group(rows, parts, *keys):
+    """rows of a part, or of several, with a result, by their labels"""
+    parts = (parts,) if isinstance(parts, str) else parts
     groups = {}
     for row in rows:
-        if row.get("part") == part and all(k in row for k in keys):
+        if row.get("part") in parts and all(k in row for k in keys):
             groups.setdefault(tuple(row[k] for k in keys), []).append(row)
     return groups
 
@@ -46,36 +56,53 @@ def column(runs, measure, scale=1, digits=3):
 
 
 def paired(groups, key, other, measure):
-    """differences to the runs of `other` with the same seed"""
+    """differences to the runs of `other` with the same seed, in the order of the seeds"""
     base = {row["seed"]: measure(row) for row in groups.get(other, [])}
-    return [measure(row) - base[row["seed"]] for row in groups[key] if row["seed"] in base]
+    runs = sorted(groups[key], key=lambda row: row["seed"])
+    return [measure(row) - base[row["seed"]] for row in runs if row["seed"] in base]
 
 
 def main_loss(row):
     return row["result"]["loss"][0]
 
 
+def first_head_loss(row):
+    return row["result"]["loss"][1]
+
+
 def first_ar(row):
     return row["result"]["ar"][0]
 
 
+TRAINED = ("effect", "deep", "undetached", "gpt2")
+
+
+def trained(rows):
+    """{(text, K, method): the rows of the models that were trained whole}; those of the part deep
+    whose text is "python" are of an earlier build"""
+    kept = [row for row in rows if row.get("part") != "deep" or row.get("text") == "python deep"]
+    return group(kept, TRAINED, "text", "K", "method")
+
+
 def effect_table(rows):
-    groups = group(rows, "effect", "text", "K", "method")
+    groups = trained(rows)
     lines = []
     for text, K, method in sorted(groups):
         runs = groups[text, K, method]
-        difference = ""
+        difference = own = ""
         if method != "MTP":
-            values = paired(groups, (text, K, method), (text, K, "MTP"), main_loss)
-            difference = spread(values, digits=4)
+            pair = (text, K, method), (text, K, "MTP")
+            difference = spread(paired(groups, *pair, main_loss), digits=4)
+            own = ", ".join(f"{v:+.3f}" for v in paired(groups, *pair, first_head_loss))
         lines.append([
             text, K, method, len(runs), column(runs, lambda r: r["loss"][0], digits=4), difference,
             column(runs, lambda r: r["ar"][0], 100, 2),
             column(runs, lambda r: r["car"][-1], 100, 2),
-            column(runs, lambda r: r["tokens_per_forward"]),
+            column(runs, lambda r: r["tokens_per_forward"]), own,
         ])
     head = ["text", "K", "method", "seeds", "main head's val loss", "difference to MTP, same seed",
-            "AR_1 %", "CAR_K %", "tokens per forward, from CAR"]
+            "AR_1 %", "CAR_K %", "tokens per forward, from CAR",
+            "head 1's own loss, to MTP, each seed"]
     return markdown("MTP against MTP-D (mean over seeds ± half their range)", head, lines)
 
 
@@ -94,9 +121,12 @@ def plain_table(rows):
             if not runs:
                 continue
             logs = [facts.get(row["name"].removesuffix(", loss"), row) for row in runs]
+            if key[1] == "MTP-D":              # on a GPU, one more run alone says the time
+                logs += [row for name, row in facts.items() if f"{text} K4 MTP-D alone" in name]
+            ms = [log["ms_per_step"] for log in logs if "ms_per_step" in log]
             lines.append([
                 *key, len(runs), spread([log["steps"] for log in logs if "steps" in log], digits=0),
-                spread([log["ms_per_step"] for log in logs if "steps" in log], digits=1),
+                spread(ms, digits=1),
                 spread(list(map(main_loss, runs)), digits=4),
                 spread(paired(groups, key, steps, main_loss), digits=4),
                 spread(paired(groups, key, time, main_loss), digits=4),
@@ -138,9 +168,12 @@ def nanogpt_table(rows):
                     ["run", "lowest val loss", "at step", "last step measured", "device"], lines)
 
 
+LOOPED = ("extend", "deep", "undetached")
+
+
 def extend_table(rows):
     lines = []
-    for (text, n, method), runs in sorted(group(rows, "extend", "text", "n", "method").items()):
+    for (text, n, method), runs in sorted(group(rows, LOOPED, "text", "n", "method").items()):
         half = n // 2
         for stage, name in (("before", "copied"), ("after", "trained")):
             car = [r["result"][stage]["car"] for r in runs]
@@ -152,6 +185,203 @@ def extend_table(rows):
     head = ["text", "heads", "method", "new heads", "seeds", "CAR of the first new head %",
             "CAR of the last %", "tokens per forward, from CAR"]
     return markdown("Looped extension", head, lines)
+
+
+def pilot_table(rows):
+    """the paper's pilot: one head, copied without training"""
+    paper = {"MTP": "0.6", "MTP-D": "26.7"}
+    lines = []
+    for (text, n, method), runs in sorted(group(rows, "pilot", "text", "n", "method").items()):
+        car = [row["result"]["before"]["car"] for row in runs]
+        lines.append([text, f"1 -> {n}", method, len(runs),
+                      *[ranged([c[k - 1] for c in car], 100) for k in (1, 2, 3, 4, n)],
+                      ranged([1 + sum(c) for c in car]), paper[method]])
+    head = ["text", "heads", "method", "seeds", "CAR_1 %", "CAR_2 %", "CAR_3 %", "CAR_4 %",
+            "CAR of the last %", "tokens per forward, from CAR", "paper's CAR_3 % (AGIEval)"]
+    return markdown("Pilot: one head copied, no training (mean, range over seeds)", head, lines)
+
+
+# -----------------------------------------------------------------------------
+# in the paper's unit: over a model that was trained with one head, by plain MTP
+
+PAPER = {4: 2.07, 8: 3.05, 16: 3.20}                       # heads of MTP-D -> its "speedup"
+# 4 heads of MTP-D over 4 of MTP: as stated, and what its own CARs give
+PAPER_OVER_MTP = "1.23, from its CARs 1.04"
+CHECKPOINT = re.compile(r"(.+)_K(\d+)_(MTP|MTP-D|undetached)_seed(\d+)(-\d+)?")
+OWN_TEXT = ("greedy", "no loops", "T = 1")                 # as bench.py accept calls it
+GIVEN = "given"                                            # validation text, there
+VALIDATION = "from CAR"                                    # the same, by the evaluation of train.py
+
+
+def model_of(row, result):
+    """what a row measured -> (its text, K, method, seed); None for what is no model of effect, deep
+    or undetached. Folders are called python_deep_K4_MTP-D_seed1-16"""
+    folder = Path(result["checkpoint"].replace("\\", "/")).parent.name
+    found = CHECKPOINT.fullmatch(folder)
+    if found is None:
+        return None
+    text, K, method, seed, _ = found.groups()
+    return row.get("text", text.replace("_", " ")), int(K), method, int(seed)
+
+
+def key_of(model, heads):
+    """("one", 1) for the model that was trained with one head by MTP, which others are compared
+    with, (method, heads) for others with more heads; else None"""
+    _, K, method, _ = model
+    if K == 1:
+        return ("one", 1) if (method, heads) == ("MTP", 1) else None
+    return method, heads
+
+
+def put(values, kind, model, heads, value):
+    """values[text, kind][key_of][seed] = value"""
+    key = key_of(model, heads)
+    if key:
+        text, _, _, seed = model
+        values.setdefault((text, kind), {}).setdefault(key, {})[seed] = value
+
+
+def tokens_per_forward(rows):
+    """{(text, kind): {key_of: {seed: tokens per forward}}}"""
+    values = {}
+    for (text, K, method), runs in trained(rows).items():
+        for row in runs:
+            for heads in sorted({1, 2, 4, K} & set(range(1, K + 1))):
+                put(values, VALIDATION, (text, K, method, row["seed"]), heads,
+                    1 + sum(row["result"]["car"][:heads]))
+    for (text, n, method), runs in group(rows, LOOPED, "text", "n", "method").items():
+        for row in runs:
+            put(values, VALIDATION, (text, 4, method, row["seed"]), n,
+                1 + sum(row["result"]["after"]["car"]))
+    for row in rows:
+        for checkpoint in row["result"] if row.get("part") == "accept" else ():
+            model = model_of(row, checkpoint)
+            for r in checkpoint["acceptance"] if model else ():
+                put(values, r["text"], model, r["heads"], r["tokens_per_forward"])
+    return values
+
+
+def clock(rows):
+    """{(text, temperature): {key_of: {seed: dict}}}: tokens per second over those of the model with
+    one head that was timed beside it, and the time of a round over its. Of several timings, the one
+    with the most prompts that don't loop"""
+    values = {}
+    for row in rows:
+        if row.get("part") not in ("speed", "undetached") or not isinstance(row["result"], list):
+            continue
+        beside = {}                                        # -> {key_of: a dict of bench.py decode}
+        for r in row["result"]:
+            model = model_of(row, r)
+            alone = r["batch"] == 1 and not r.get("kind")
+            if model and alone and r["heads"] and key_of(model, r["heads"]):
+                text, _, _, seed = model
+                own = beside.setdefault((text, r["temperature"], seed), {})
+                own[key_of(model, r["heads"])] = r
+        for (text, temperature, seed), own in beside.items():
+            one = own.pop(("one", 1), None)
+            for key, r in own.items() if one else ():
+                seeds = values.setdefault((text, temperature), {}).setdefault(key, {})
+                used = r["prompts"] - r["looping"]
+                if used >= seeds.get(seed, {}).get("used", 0):
+                    ms = r["ms_round"] and r["ms_round"] / one["ms_round"]
+                    speed = r["tokens_per_s"] / one["tokens_per_s"]
+                    seeds[seed] = dict(used=used, over_one=speed, round=ms)
+    return values
+
+
+def over_one(values):
+    """{key_of: {seed: number}} -> {(method, heads): numbers over those of the model with one head,
+    by seed}"""
+    one = values.get(("one", 1), {})
+    result = {}
+    for key, seeds in values.items():
+        ratios = {seed: seeds[seed] / one[seed] for seed in sorted(seeds) if seed in one}
+        if ratios and key != ("one", 1):
+            result[key] = ratios
+    return result
+
+
+def in_papers_unit(rows):
+    """{text: {column of the table: {(method, heads): a number for each seed}}}"""
+    result = {}
+    forwards = {key: over_one(values) for key, values in tokens_per_forward(rows).items()}
+    for (text, kind), values in forwards.items():
+        lists = {key: list(seeds.values()) for key, seeds in values.items()}
+        result.setdefault(text, {})[kind] = lists
+    for (text, temperature), values in clock(rows).items():
+        columns = result.setdefault(text, {})
+        for key, seeds in values.items():
+            order = sorted(seeds)
+            speeds = [seeds[seed]["over_one"] for seed in order]
+            columns.setdefault(("clock", temperature), {})[key] = speeds
+            if temperature > 0:
+                continue
+            columns.setdefault("used", {})[key] = [seeds[seed]["used"] for seed in order]
+            tokens = forwards.get((text, "greedy"), {}).get(key, {})
+            both = [seed for seed in order if seed in tokens and seeds[seed]["round"]]
+            computed = [tokens[seed] / seeds[seed]["round"] for seed in both]
+            if computed:
+                columns.setdefault(("clock", "loops"), {})[key] = computed
+    return result
+
+
+PAPER_COLUMNS = {
+    "greedy": "own greedy text", "no loops": "own greedy text that does not loop",
+    "T = 1": "own text, T = 1", GIVEN: "validation text",
+    VALIDATION: "validation text, 1 + sum of CAR",
+    ("clock", "loops"): "clock, greedy: tokens per forward, loops included, over the time of a "
+                        "round",
+    "used": "prompts that don't loop", ("clock", 0): "clock, greedy, on these",
+    ("clock", 0.7): "clock, T = 0.7",
+    ("clock", 1): "clock, T = 1",
+}
+
+
+def in_order(key):
+    method, heads = key
+    return method, 99 if heads == "auto" else heads
+
+
+def paper_table(rows):
+    lines = []
+    for text, columns in sorted(in_papers_unit(rows).items()):
+        keys = {key for values in columns.values() for key in values}
+        for method, heads in sorted(keys, key=in_order):
+            cells = [columns.get(name, {}).get((method, heads), []) for name in PAPER_COLUMNS]
+            paper = ""
+            if method == "MTP-D" and heads in PAPER:
+                paper = f"{PAPER[heads]:.2f}"
+            shown = [ranged(cell, digits=0 if name == "used" else 2)
+                     for name, cell in zip(PAPER_COLUMNS, cells)]
+            lines.append([text, method, heads, paper, max(map(len, cells)), *shown])
+    head = ["text", "method", "heads", "paper", "seeds", *PAPER_COLUMNS.values()]
+    return markdown("In the paper's unit: tokens per forward, and per second, over those of a "
+                    "model trained with 1 head by MTP, same seed (mean, range)", head, lines)
+
+
+def over_mtp_table(rows):
+    """MTP-D over MTP with as many heads"""
+    texts = (*OWN_TEXT, GIVEN, VALIDATION)
+    found = {}
+    for (text, kind), values in tokens_per_forward(rows).items():
+        for (method, heads), seeds in values.items():
+            plain = values.get(("MTP", heads), {})
+            both = sorted(set(seeds) & set(plain))
+            ratios = [seeds[seed] / plain[seed] for seed in both]
+            if method == "MTP-D" and heads > 1 and ratios:
+                found.setdefault((text, heads), {})[kind] = ratios
+    lines = []
+    for (text, heads), kinds in sorted(found.items()):
+        cells = [kinds.get(kind, []) for kind in texts]
+        lines.append([text, heads, PAPER_OVER_MTP if heads == 4 else "", max(map(len, cells)),
+                      *[ranged(cell, digits=3) for cell in cells]])
+    head = ["text", "heads", "paper", "seeds",
+            *[PAPER_COLUMNS[kind] for kind in texts]]
+    return markdown("Tokens per forward of MTP-D over those of MTP with as many heads, same seed "
+                    "(mean, range)", head, lines)
+
+
+# -----------------------------------------------------------------------------
 
 
 def round_costs(rows):
@@ -218,7 +448,7 @@ def speed_table(rows):
     out = ""
     for row in rows:
         result = row["result"]
-        if row.get("part") == "speed" and isinstance(result, list):
+        if row.get("part") in ("speed", "undetached") and isinstance(result, list):
             out += markdown(f"Decoding: {row['name']}, {row['device']}", head,
                             [speed_line(r) for r in result])
         if row["name"].startswith("check"):
@@ -344,6 +574,7 @@ def shorter(x):
 
 
 COLOUR = {"MTP": "#777777", "MTP-D": "#d1495b"}
+LINES = {"greedy": "-", "no loops": "--", "T = 1": ":", VALIDATION: "-."}
 
 
 def canvas(plt, panels=1, lines=1):
@@ -512,12 +743,64 @@ def cost_figure(plt, rows):
     return fig
 
 
+def paper_figure(plt, rows):
+    """over a model with one head, by the number of heads: tokens per forward after pieces of the
+    validation text, and the clock after problems of another source"""
+    unit = in_papers_unit(rows)
+    columns = unit.get("python deep", {})
+    clocks = unit.get("python deep, unseen code", {})
+    if not any([*columns.values(), *clocks.values()]):
+        return None
+    fig, (left, right) = canvas(plt, 2)
+    kinds = [kind for kind in OWN_TEXT if columns.get(kind)] or [VALIDATION]
+    for kind in kinds:
+        for method in COLOUR:
+            range_line(left, columns.get(kind, {}), method, LINES[kind],
+                       f"{method}, {PAPER_COLUMNS[kind]}")
+    left.plot(list(PAPER), list(PAPER.values()), "k*", ms=9, ls="", label='the paper\'s "speedup"')
+    for name, kind, label in (
+        ("loops", "greedy", "greedy, with texts that loop (computed)"),
+        (0, "no loops", "greedy, without these"), (1, "T = 1", "temperature 1"),
+    ):
+        range_line(right, clocks.get(("clock", name), {}), "MTP-D", LINES[kind],
+                   f"MTP-D, {label}")
+    left.set(title="tokens per forward, over 1-head MTP")
+    right.set(title="tokens per second, over 1-head MTP; unseen code")
+    top = max(ax.get_ylim()[1] for ax in (left, right))
+    for ax in (left, right):
+        ax.axhline(1, color="#cccccc", lw=1, zorder=0)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([1, 2, 4, 8, 16, 32] if ax is right else [1, 2, 4, 8, 16])
+        ax.set_xticklabels(["1", "2", "4", "8", "16", "auto"][: len(ax.get_xticks())])
+        ax.set(xlabel="heads that draft", ylim=(0, 1.1 * top))
+        ax.minorticks_off()
+        handles, labels = ax.get_legend_handles_labels()
+        if handles:
+            ax.legend(handles, labels, fontsize=7, frameon=False, loc="upper left")
+    return fig
+
+
+def range_line(ax, values, method, line, label):
+    """the mean and the range of the seeds by heads; the heads that auto chose stand at 32"""
+    points = {32 if heads == "auto" else heads: ratios
+              for (own, heads), ratios in values.items() if own == method}
+    for x, ratios in points.items():
+        ax.plot([x, x], [min(ratios), max(ratios)], color=COLOUR[method], lw=3, alpha=0.3)
+    fixed = sorted(set(points) - {32})
+    if fixed:
+        ax.plot(fixed, [statistics.mean(points[x]) for x in fixed], "o", ls=line, lw=1.3, ms=4,
+                color=COLOUR[method], label=label)
+    if 32 in points:
+        ax.plot([27, 38], [statistics.mean(points[32])] * 2, line, lw=1.3, color=COLOUR[method])
+
+
 FIGURES = {
-    "car": car_figure, "tradeoff": tradeoff_figure, "entropy": entropy_figure,
-    "speed": speed_figure, "cost": cost_figure,
+    "paper": paper_figure, "car": car_figure, "tradeoff": tradeoff_figure,
+    "entropy": entropy_figure, "speed": speed_figure, "cost": cost_figure,
 }
 TABLES = (
-    effect_table, plain_table, entropy_table, ablation_table, extend_table, loop_speed_table,
+    paper_table, over_mtp_table, effect_table, plain_table, entropy_table, ablation_table,
+    pilot_table, extend_table, loop_speed_table,
     nanogpt_table, speed_table, cost_table, cards_table,
 )
 

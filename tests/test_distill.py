@@ -13,7 +13,7 @@ from distill import chunk_size, count_top_n, mtp_d_loss, mtp_loss, topn_divergen
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("float64")
-KINDS = ["forward", "reverse", "tv"]
+KINDS = ["forward", "reverse", "hybrid", "tv"]
 V = 32
 
 
@@ -50,6 +50,8 @@ def slow_kl(student, teacher, n, kind, detach=True):
     q, p = teacher.gather(-1, top).softmax(-1), student.gather(-1, top).softmax(-1)
     if kind == "tv":
         return (p - q).abs().sum(-1).mean() / 2
+    if kind == "hybrid":                                   # KL(q || p) and KL(p || q), half of each
+        return ((q - p) * (q.log() - p.log())).sum(-1).mean() / 2
     if kind == "reverse":
         q, p = p, q
     return (q * (q.log() - p.log())).sum(-1).mean()
@@ -154,10 +156,12 @@ def test_five_tokens_worked_by_hand():
     #          = 1/2 ln 4 + 1/4 ln 2 + 1/4 ln 1/3   = 5/4 ln 2 - 1/4 ln 3 = 0.5918
     # reverse  1/8 ln(1/8 : 1/2) + 1/8 ln(1/8 : 1/4) + 6/8 ln(6/8 : 1/4)
     #          = -1/8 ln 4 - 1/8 ln 2 + 6/8 ln 3    = 3/4 ln 3 - 3/8 ln 2 = 0.5640
+    # hybrid   the mean of these two                = 7/16 ln 2 + 1/4 ln 3 = 0.5779
     # tv       1/2 (|1/8 - 1/2| + |1/8 - 1/4| + |6/8 - 1/4|) = 1/2 (3/8 + 1/8 + 4/8) = 1/2
     teacher, student = torch.tensor([1.0, 4, 2, 1, 2]).log(), torch.tensor([9.0, 1, 1, 7, 6]).log()
     ln2, ln3 = math.log(2), math.log(3)
-    want = {"forward": 5 / 4 * ln2 - 1 / 4 * ln3, "reverse": 3 / 4 * ln3 - 3 / 8 * ln2, "tv": 0.5}
+    want = {"forward": 5 / 4 * ln2 - 1 / 4 * ln3, "reverse": 3 / 4 * ln3 - 3 / 8 * ln2,
+            "hybrid": 7 / 16 * ln2 + 1 / 4 * ln3, "tv": 0.5}
     for kind in KINDS:
         assert topn_kl(student, teacher, 3, kind).item() == pytest.approx(want[kind], abs=1e-14)
         # 2.75 tokens
@@ -474,7 +478,7 @@ def test_the_compiled_loss_equals_the_plain_one():
     ({"top_n": 1.5}, "top_n is 1.5"),
     ({"top_n": -0.1}, "top_n is -0.1"),
     ({"top_n": float("nan")}, "top_n is nan"),
-    ({"kl": "hybrid"}, "'hybrid'"),
+    ({"kl": "jeffreys"}, "'jeffreys'"),
     ({"alpha": [0.3]}, r"alpha is \[0.3\].* 2 heads"),
     ({"beta": [1, 2, 3]}, r"beta is \[1, 2, 3\].* 2 heads"),
     ({"alpha": -0.1}, "alpha is -0.1"),

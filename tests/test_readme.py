@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from common import save_checkpoint
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+import tables  # noqa: E402
+
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -110,3 +114,89 @@ def test_at_most_1600_words_of_prose(readme):
     text = FENCE.sub("", readme)
     prose = [line for line in text.splitlines() if not line.lstrip().startswith("|")]
     assert len(" ".join(prose).split()) <= 1600
+
+
+# ---- every number of the tables is in a log
+
+
+NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
+# a number, alone, with half its range or with its range
+QUANTITY = re.compile(
+    rf"(?<![\w.])({NUMBER})(?:\s*±\s*({NUMBER}))?(?:\s*\(({NUMBER})\s*(?:to|\.\.)\s*({NUMBER})\))?"
+)
+
+
+def quantities(text):
+    """each as (number, half its range, least, greatest), as text; what is not there is empty"""
+    return [found.groups("") for found in QUANTITY.finditer(text)]
+
+
+def rounds_to(exact, quoted):
+    """whether a quantity of a log is this one, which may have fewer digits"""
+    for own, other in zip(exact, quoted):
+        if other:
+            digits = len(other.partition(".")[2])
+            a, b = [float(x.replace(",", "") or "nan") for x in (own, other)]
+            if not abs(a - b) <= 0.5 * 10**-digits + 1e-9:
+                return False
+    return True
+
+
+def in_section(quoted, section):
+    """whether a section holds this quantity; a number that stands alone may be any of its"""
+    if any(quoted[1:]):
+        return any(rounds_to(exact, quoted) for exact in section)
+    return any(rounds_to((number,), quoted[:1]) for exact in section for number in exact if number)
+
+
+def sections_of_logs():
+    """the tables that the logs of both scales give, one section for all seeds of a measurement ->
+    list of quantities of each"""
+    sections = {}
+    for scale in ("gpu", "tiny"):
+        rows = tables.read(ROOT / "results" / scale / "runs.jsonl")
+        rows = [row for row in rows if "result" in row]
+        text = "".join(table(rows) for table in tables.TABLES)
+        for part in text.split("## ")[1:]:
+            title, _, body = part.partition("\n")
+            key = scale, re.sub(r" seed\d+|, greedy", "", title)
+            sections.setdefault(key, []).extend(quantities(body))
+    return list(sections.values())
+
+
+def table_cells(text):
+    """(first cell of the line, cell) of the tables, without what describes a line and without the
+    paper's own numbers"""
+    for block in re.findall(r"(?:^\|.*\n)+", FENCE.sub("", text), re.MULTILINE):
+        head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+                           for line in block.splitlines()]
+        for first, *cells in lines:
+            for title, cell in zip(head[1:], cells):
+                if quantities(cell) and not title.startswith("paper"):
+                    yield first, cell
+
+
+def unknown(text, sections):
+    """the cells of the tables whose numbers are not all in one section"""
+    result = []
+    for first, cell in table_cells(text):
+        wanted = quantities(cell)
+        if not any(all(in_section(q, section) for q in wanted) for section in sections):
+            result.append((first, cell))
+    return result
+
+
+def test_every_number_of_the_tables_is_in_a_log(readme):
+    assert len(list(table_cells(readme))) > 10
+    assert unknown(readme, sections_of_logs()) == []
+
+
+def test_a_number_that_no_log_gives_is_noticed():
+    line = "| claim, 4 heads | paper | here |\n| --- | --- | --- |\n| row 9 | 7.7 | {} |\n"
+    sections = [quantities("| 2 | 64.98 ±0.53 | 1.68 (1.66 .. 1.75) | +0.0044 |"),
+                quantities("| 70.00 ±0.53 | 1,234.5 |")]
+    for cell in ("65.0 ±0.5 %", "64.98 ±0.5", "65", "1.7 (1.7 to 1.8)", "1.66 to 1.75", "+0.004",
+                 "1.68; 65.0", "1,235 and 70.0 ±0.5", "no number", "K4"):
+        assert unknown(line.format(cell), sections) == [], cell
+    for cell in ("65.1 ±0.5", "65.0 ±0.6", "1.7 (1.6 to 1.8)", "1.69", "-0.004", "1.68; 70.0"):
+        assert unknown(line.format(cell), sections) == [("row 9", cell)], cell

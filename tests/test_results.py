@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def row(name, part, result, **labels):
 
 
 def effect_row(method, seed, loss, car):
-    result = dict(loss=[loss, 9.0], ar=[car], car=[car], tokens_per_forward=1 + car)
+    result = dict(loss=[loss, 9 - loss], ar=[car], car=[car], tokens_per_forward=1 + car)
     labels = dict(text="toy", K=1, method=method, seed=seed)
     return row(f"effect {method} {seed}", "effect", result, **labels)
 
@@ -206,9 +207,10 @@ def test_effect_has_means_half_ranges_and_differences_within_a_seed(written):
             effect_row("MTP-D", 3, 5.0, 0.6)]              # seed 3 has no partner
     text, _ = written(rows)
     assert cells(text, "toy", "1", "MTP") == [
-        "2", "3.1500 ±0.1500", "", "50.00 ±10.00", "50.00 ±10.00", "1.500 ±0.100"]
+        "2", "3.1500 ±0.1500", "", "50.00 ±10.00", "50.00 ±10.00", "1.500 ±0.100", ""]
     assert cells(text, "toy", "1", "MTP-D") == [
-        "3", "3.8167 ±0.9750", "0.0750 ±0.0250", "60.00 ±10.00", "60.00 ±10.00", "1.600 ±0.100"]
+        "3", "3.8167 ±0.9750", "0.0750 ±0.0250", "60.00 ±10.00", "60.00 ±10.00", "1.600 ±0.100",
+        "-0.050, -0.100"]
 
 
 def test_the_entropy_table_has_shares_means_and_differences_within_a_seed(written):
@@ -256,6 +258,115 @@ def test_without_matplotlib_there_are_tables_and_one_line(tmp_path, monkeypatch,
                     "`plots`)"]
 
 
+# in the paper's unit
+
+
+def deep_path(name, seed, loop=""):
+    return str(Path("work", f"python_deep_{name}_seed{seed}{loop}", "ckpt.pt"))
+
+
+def accept_row(seed, text, *values):
+    """as bench.py accept gives it; values: (kind of text, checkpoint's name, its loop, heads,
+    tokens per forward)"""
+    result = []
+    for kind, name, loop, heads, tokens in values:
+        own = [dict(text=kind, heads=heads, tokens_per_forward=tokens, interval=[tokens, tokens]),
+               dict(text="given", heads=heads, tokens_per_forward=heads / 4 + 1)]
+        result.append(dict(checkpoint=deep_path(name, seed, loop), acceptance=own, predictions=[]))
+    return row(f"accept {seed}, {text}", "accept", result, seed=seed, text=text)
+
+
+def timed_row(seed, temperature, *values, looping=1, prompts=4, name="speed"):
+    """values: (checkpoint's name, heads, tokens per second, ms of a round)"""
+    result = []
+    for own, heads, speed, ms in values:
+        loop = "" if own.startswith("K1") else "-16"
+        result.append(dict(
+            checkpoint=deep_path(own, seed, loop), heads=heads, tokens_per_s=speed, ms_round=ms,
+            temperature=temperature, batch=1, kind="", looping=looping, prompts=prompts,
+            tokens_per_forward=1.0, speedup=1.0, predicted_speedup=1.0, over_one=None))
+    return row(f"{name} seed{seed}", "speed", result, seed=seed, text=reproduce.UNSEEN)
+
+
+def unit(text):
+    """the first table of tables.md, without those after it"""
+    return text[text.index("## In the paper's unit") :].split("\n\n##")[0]
+
+
+def own_rows(text="python deep"):
+    """two seeds: 2 and 6 tokens per forward with loops, 1 and 2 without; 6 and 15, 3 and 3"""
+    rows = []
+    for seed, numbers in ((1, (2.0, 6.0, 1.0, 2.0)), (2, (6.0, 15.0, 3.0, 3.0))):
+        one, eight, one_rest, eight_rest = numbers
+        rows.append(accept_row(
+            seed, text, ("greedy", "K1_MTP", "", 1, one), ("greedy", "K4_MTP-D", "-16", 8, eight),
+            ("no loops", "K1_MTP", "", 1, one_rest),
+            ("no loops", "K4_MTP-D", "-16", 8, eight_rest)))
+    return rows
+
+
+def test_the_table_in_the_papers_unit_is_a_ratio_within_a_seed(written):
+    """8 heads: seed 1 6 / 2, seed 2 15 / 6; without loops 2 / 1 and 3 / 3"""
+    text, _ = written(own_rows())
+    line = cells(unit(text), "python deep", "MTP-D", "8")
+    assert line == ["3.05", "2", "2.75 (2.50 .. 3.00)", "1.50 (1.00 .. 2.00)", "",
+                    "2.40 (2.40 .. 2.40)", *[""] * 6]
+
+
+def test_the_clock_is_over_the_one_head_that_was_timed_beside_it(written):
+    """a round of 8 heads takes 1.5 times as long; so 3 times the tokens are twice the speed. Of two
+    timings, that with more prompts counts; one without the model with one head counts nowhere"""
+    one, eight, auto = ("K1_MTP", 1, 100, 2.0), ("K4_MTP-D", 8, 160, 3.0), (
+        "K4_MTP-D", "auto", 150, None)
+    few = timed_row(1, 0, ("K1_MTP", 1, 100, 2.0), ("K4_MTP-D", 8, 500, 3.0), looping=3)
+    lonely = timed_row(1, 0, ("K4_MTP-D", 8, 999, 3.0), looping=0)
+    plain_step = ("K4_MTP-D", 0, 50, 1.0)
+    good = timed_row(1, 0, ("K1_MTP", 0, 50, 1.0), one, plain_step, eight, auto)
+    warm = timed_row(1, 1, one, ("K4_MTP-D", 8, 120, 3.0), name="warm")
+    for order in ([few, good, lonely, warm], [warm, lonely, good, few]):
+        text, _ = written([*own_rows(reproduce.UNSEEN)[:1], *own_rows(), *order])
+        line = cells(unit(text), reproduce.UNSEEN, "MTP-D", "8")
+        assert line == [
+            "3.05", "1", "3.00", "2.00", "", "2.40", "", "2.00", "3", "1.60", "", "1.20"]
+        line = cells(unit(text), reproduce.UNSEEN, "MTP-D", "auto")
+        assert line == ["", "1", *[""] * 6, "3", "1.50", "", ""]
+        assert "| MTP-D | 0 |" not in unit(text)
+
+
+def test_validation_text_is_compared_from_the_logs_of_training(written):
+    def model(K, method, *car):
+        result = dict(loss=[3.0, 3.1], ar=[car[0]], car=list(car), tokens_per_forward=1 + sum(car))
+        return row(f"{K} {method}", "deep", result, text="python deep", K=K, method=method, seed=1)
+
+    loop = dict(before=dict(car=[0.0] * 8), after=dict(car=[0.5] * 8))
+    old = model(4, "MTP-D", 0.9, 0.9, 0.9, 0.9)            # of an earlier build, called otherwise
+    text, _ = written([
+        model(1, "MTP", 0.6), model(4, "MTP-D", 0.7, 0.5, 0.3, 0.1), dict(old, text="python"),
+        model(4, "MTP", 0.5, 0.5, 0.3, 0.1), model(1, "MTP-D", 0.9),
+        row("loop", "deep", loop, text="python deep", n=8, method="MTP-D", seed=1)])
+    for heads, tokens in (("1", 1.7), ("2", 2.2), ("4", 2.6), ("8", 5.0)):
+        line = cells(unit(text), "python deep", "MTP-D", heads)
+        assert line[6] == f"{tokens / 1.6:.2f}" and line[2:6] + line[7:] == [""] * 9
+    over = text[text.index("## Tokens per forward of MTP-D over") :].split("\n\n##")[0]
+    assert cells(over, "python deep", "4") == [
+        "1.23, from its CARs 1.04", "1", "", "", "", "", f"{2.6 / 2.4:.3f}"]
+    assert "| python |" not in text
+
+
+def test_the_pilot_is_shown_before_any_training(written):
+    def pilot(method, seed, third):
+        car = [0.5, 0.25, third, *[0.01] * 5]
+        result = dict(before=dict(car=car), after=dict(car=[0.9] * 8))
+        return row(f"pilot {method} {seed}", "pilot", result, text="toy", n=8, method=method,
+                   seed=seed)
+
+    text, _ = written([pilot("MTP", 1, 0.02), pilot("MTP", 2, 0.04), pilot("MTP-D", 1, 0.125)])
+    assert cells(text, "toy", "1 -> 8", "MTP") == [
+        "2", "50.00 (50.00 .. 50.00)", "25.00 (25.00 .. 25.00)", "3.00 (2.00 .. 4.00)",
+        "1.00 (1.00 .. 1.00)", "1.00 (1.00 .. 1.00)", "1.83 (1.82 .. 1.84)", "0.6"]
+    assert cells(text, "toy", "1 -> 8", "MTP-D")[3] == "12.50"
+
+
 @pytest.fixture
 def plt():
     pytest.importorskip("matplotlib").use("Agg")
@@ -293,6 +404,29 @@ def test_entropy_is_drawn_as_the_mean_of_the_seeds(plt):
     assert drawn(fig)["MTP-D, argmax"] == [(0.5, 100), (4, 50)]
     assert drawn(fig)["MTP, sampled"] == [(0.5, close(90)), (4, close(40))]
     assert [bar.get_height() for bar in fig.axes[0].patches] == [75, 0, 25]
+
+
+def test_the_figure_that_says_it_all(plt):
+    """with own text and the clock; with either alone; with neither, none"""
+    close = pytest.approx
+    one = ("K1_MTP", 1, 100, 2.0)
+    speed = [timed_row(1, 0, one, ("K4_MTP-D", 8, 160, 3.0), ("K4_MTP-D", "auto", 150, None))]
+    paper = [(4, close(2.07)), (8, close(3.05)), (16, close(3.20))]
+    fig = tables.paper_figure(plt, own_rows() + own_rows(reproduce.UNSEEN) + speed)
+    left = drawn(fig)
+    assert left["MTP-D, own greedy text"] == [(8, close(2.75))]
+    assert left["MTP-D, own greedy text that does not loop"] == [(8, close(1.5))]
+    assert left['the paper\'s "speedup"'] == paper
+    right = {line.get_label(): line.get_ydata() for line in fig.axes[-1].lines}
+    assert list(right["MTP-D, greedy, with texts that loop (computed)"]) == [2.0]
+    assert list(right["MTP-D, greedy, without these"]) == [1.6]
+    segments = [line.get_xydata().tolist() for line in fig.axes[-1].lines]
+    assert [[27, 1.5], [38, 1.5]] in segments              # auto
+    alone = drawn(tables.paper_figure(plt, speed))
+    assert alone['the paper\'s "speedup"'] == paper
+    assert "MTP-D, own greedy text" in drawn(tables.paper_figure(plt, own_rows()))
+    assert tables.paper_figure(plt, []) is None
+    assert tables.paper_figure(plt, [timed_row(1, 0, ("K4_MTP-D", 8, 160, 3.0))]) is None
 
 
 # -----------------------------------------------------------------------------
@@ -413,6 +547,183 @@ def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
     (a / "ckpt.pt").unlink()
     runner.all([("third", "speed", [], {}), second])       # all have rows: nothing runs
     assert not (a / "ckpt.pt").exists()
+
+
+# -----------------------------------------------------------------------------
+# the parts of reproduce.py, called alone
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """[the commands that reproduce.py ran, as lists of words]: pretended ones, which write a
+    checkpoint, stop where one that they read is not there, and say how long their steps took"""
+    ran = []
+
+    def run(command, **_):
+        words = command[1:]
+        ran.append(words)
+        read = [tmp_path / word for word in words if word.endswith("ckpt.pt")]
+        missing = [str(path) for path in read if not path.exists()]
+        if "--out" in words and words[0] in ("train.py", "extend.py"):
+            flags = dict(zip(words, words[1:]))
+            out = tmp_path / flags["--out"]
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "ckpt.pt").write_text("", encoding="utf-8")
+            log = [dict(config=dict(steps=int(flags.get("--steps", 600)))),
+                   dict(ms=20.0 if flags.get("--n_mtp") == "0" else 30.0)]
+            (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
+        return SimpleNamespace(returncode=len(missing), stdout="[1]", stderr=" ".join(missing))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(tables, "write", lambda folder, rows: None)
+    for name in [*reproduce.PRETRAINED, reproduce.CODE]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+    return ran
+
+
+def part(monkeypatch, tmp_path, name, *flags):
+    """one part of the gpu scale -> {name: row} of all rows there are"""
+    start(monkeypatch, tmp_path, "--scale", "gpu", "--part", name, *flags)
+    rows = tables.read(tmp_path / "results" / "gpu" / "runs.jsonl")
+    result = {row["name"]: row for row in rows}
+    assert len(result) == len(rows)                        # no run has two rows
+    return result
+
+
+def flags_of(row):
+    words = row["command"].split()
+    return dict(zip(words, words[1:]))
+
+
+@pytest.mark.parametrize("name", [
+    "presets", "entropy", "plain", "pilot", "extend", "deep", "accept", "undetached", "speed",
+    "clock", "pretrained",
+])
+def test_a_part_alone_makes_what_it_reads(name, tmp_path, monkeypatch, commands):
+    """from nothing; and where rows are there but no checkpoint, as on another computer"""
+    rows = part(monkeypatch, tmp_path, name, "--commit", "7654321")
+    ran = len(commands)
+    assert ran == len(rows) and all(row["commit"] == "7654321" for row in rows.values())
+    part(monkeypatch, tmp_path, name)
+    assert len(commands) == ran                            # all have rows
+    path = tmp_path / "results" / "gpu" / "runs.jsonl"
+    read = {word for row in rows.values() for word in row["command"].split()}
+    last = []                                              # those that read, and are not read
+    for row in rows.values():
+        reads = "ckpt.pt" in row["command"].replace("smollm2/ckpt.pt", "")
+        if reads and str(Path(flags_of(row).get("--out", "none"), "ckpt.pt")) not in read:
+            last.append(row)
+    for gone in last[:3]:
+        shutil.rmtree(tmp_path / "out" / "reproduce")
+        kept = [row for row in rows.values() if row is not gone]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        commands.clear()
+        assert set(part(monkeypatch, tmp_path, name)) == set(rows)
+        assert " ".join(commands[-1]) == gone["command"].removeprefix("python ")
+        assert 1 < len(commands) == len(set(map(tuple, commands))) < len(rows)
+    assert last
+
+
+def test_only_the_runs_that_are_named(tmp_path, monkeypatch, commands):
+    rows = part(monkeypatch, tmp_path, "pilot", "--only", "MTP-D seed1,MTP seed3")
+    assert {name for name in rows if "pilot" in name} == {
+        "pilot python MTP-D seed1", "pilot python MTP seed3"}
+    assert {name for name in rows if "pilot" not in name} == {
+        "python K1 MTP-D seed1", "python K1 MTP seed3"}    # which these read
+
+
+def test_the_pilot_copies_one_head_to_eight_and_trains_none(tmp_path, monkeypatch, commands):
+    row = part(monkeypatch, tmp_path, "pilot", "--seeds", "2")["pilot python MTP-D seed2"]
+    flags = flags_of(row)
+    assert (flags["--heads"], flags["--steps"]) == ("8", "0")
+    assert flags["extend.py"].endswith(str(Path("python_K1_MTP-D_seed2", "ckpt.pt")))
+    assert row["part"] == "pilot" and row["n"] == 8
+
+
+def test_the_teacher_that_is_not_detached(tmp_path, monkeypatch, commands):
+    """from the first step; looped to 8 heads; timed over 1-head MTP, on more prompts greedily"""
+    rows = part(monkeypatch, tmp_path, "undetached", "--seeds", "2")
+    training = rows["python deep K4 undetached seed2"]
+    flags = flags_of(training)
+    assert "--no-detach_teacher" in training["command"] and training["part"] == "undetached"
+    assert (flags["--kl_start"], flags["--kl_ramp"], flags["--beta"]) == ("0", "0", "0.5")
+    loop = rows["python deep 8 heads undetached seed2"]
+    assert flags_of(loop)["extend.py"] == flags["--out"] + os.sep + "ckpt.pt"
+    for name, temperatures, count in (("", "0.7,1", "48"), (", greedy", "0", "164")):
+        row = rows[f"speed python deep undetached seed2{name}"]
+        assert flags_of(row)["--temperature"] == temperatures and flags_of(row)["--count"] == count
+        one, ours = [word for word in row["command"].split() if word.endswith("ckpt.pt")]
+        assert "K1_MTP_seed2" in one and Path(ours).parent == Path(flags_of(loop)["--out"])
+
+
+def test_own_text_after_the_validation_text_and_after_other_problems(
+    tmp_path, monkeypatch, commands
+):
+    rows = part(monkeypatch, tmp_path, "accept", "--seeds", "2")
+    texts = {"": "python deep", ", code": reproduce.UNSEEN}
+    for name, text in texts.items():
+        row = rows[f"accept python deep seed2{name}"]
+        folders = [Path(word).parent.name for word in row["command"].split() if "ckpt" in word]
+        assert folders == ["python_deep_K1_MTP_seed2", "python_deep_K4_MTP_seed2-16",
+                           "python_deep_K4_MTP-D_seed2-16"]
+        assert (row["part"], row["text"]) == ("accept", text)
+        assert (flags_of(row).get("--prompts") == reproduce.CODE) == (name != "")
+
+
+def test_without_prompts_the_clock_says_what_makes_them(tmp_path, monkeypatch, commands, capsys):
+    (tmp_path / reproduce.CODE).unlink()
+    assert not part(monkeypatch, tmp_path, "clock") and not commands
+    assert "python results/prompts.py --count 164" in capsys.readouterr().out
+
+
+def test_gpt2_wants_prose_in_gpt2s_vocabulary(tmp_path, monkeypatch, commands, capsys):
+    folder = tmp_path / "prose-bpe4096"
+    folder.mkdir()
+    meta = folder / "meta.json"
+    meta.write_text('{"tokenizer": {"kind": "bpe"}}', encoding="utf-8")
+    for flags, message in (((), "give --prose"), (("--prose", str(folder)), "another tokenizer")):
+        assert not part(monkeypatch, tmp_path, "gpt2", *flags)
+        assert message in capsys.readouterr().out
+    rows = part(monkeypatch, tmp_path, "gpt2", "--prose", "text.txt", "--gpt2_steps", "7")
+    assert [(row["method"], flags_of(row)["--beta"]) for row in rows.values()] == [
+        ("MTP", "0"), ("MTP-D", "0.5")]
+    for row in rows.values():
+        flags = flags_of(row)
+        assert (flags["--tokenizer"], flags["--steps"], flags["--data"]) == (
+            "gpt2", "7", "text.txt")
+        assert (flags["--preset"], flags["--n_mtp"]) == ("gpt2", "4")
+    meta.write_text('{"tokenizer": {"kind": "gpt2"}}', encoding="utf-8")
+    (tmp_path / "results" / "gpu" / "runs.jsonl").unlink()
+    for row in part(monkeypatch, tmp_path, "gpt2", "--prose", str(folder)).values():
+        assert "--tokenizer" not in row["command"]
+
+
+def test_on_a_gpu_what_is_timed_for_plain_runs_alone(tmp_path, monkeypatch, commands):
+    """1,000 steps of 30 ms are 1,500 of 20 ms, whatever the runs of effect say: they share a GPU"""
+    seen = []
+    both = reproduce.Runner.side_by_side
+
+    def side_by_side(self, function, jobs, each):
+        seen.append((each, [job[0] for job in jobs]))
+        both(self, function, jobs, each)
+
+    monkeypatch.setattr(reproduce.Runner, "side_by_side", side_by_side)
+    rows = part(monkeypatch, tmp_path, "plain", "--seeds", "1,2")
+    alone = [jobs for each, jobs in seen if each == 1 and jobs]
+    assert alone == [["python K0 same steps seed1"], ["python K4 MTP-D alone seed1"]]
+    for seed in (1, 2):
+        assert flags_of(rows[f"python K0 same time seed{seed}"])["--steps"] == "1500"
+        assert rows[f"python K0 same time seed{seed}, loss"]["method"] == "no heads, same time"
+    with_times = {name for name, row in rows.items() if "ms_per_step" in row}
+    assert with_times == {"python K0 same steps seed1", "python K4 MTP-D alone seed1"}
+
+
+def test_divergences_of_the_ablation_exist():
+    named = [text.split("--kl ")[1].split()[0] for text in reproduce.ABLATION.values()
+             if "--kl " in text]
+    assert sorted(named) == sorted(set(distill.DIVERGENCES) - {"forward"})
 
 
 # -----------------------------------------------------------------------------
@@ -677,7 +988,8 @@ def test_a_plain_gpt_is_measured_on_the_targets_of_a_model_with_heads(
 
 
 def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, monkeypatch, capsys):
-    """600 steps of 30 ms with heads are 900 of 20 ms without"""
+    """600 steps of 30 ms with heads are 900 of 20 ms without; the first steps are not counted, for
+    they compile"""
     commands = []
 
     def run(command, **_):
@@ -686,7 +998,7 @@ def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, m
             out = tmp_path / command[command.index("--out") + 1]
             out.mkdir(parents=True)
             steps = int(command[command.index("--steps") + 1]) if "--steps" in command else 600
-            log = [dict(config=dict(steps=steps)), dict(ms=15.0), dict(ms=25.0), dict(val={})]
+            log = [dict(config=dict(steps=steps)), dict(ms=99.0), dict(ms=15.0), dict(ms=25.0)]
             (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
             (out / "ckpt.pt").write_text("", encoding="utf-8")
         return SimpleNamespace(returncode=0, stdout=json.dumps(dict(loss=[3.0])))
@@ -733,6 +1045,16 @@ def test_what_heads_cost_is_a_difference_within_a_seed(written):
     assert cells(text, "toy", "no heads, same time") == [
         "2", "900 ±0", "20.0 ±0.0", "4.4000 ±0.5000", "-0.1000 ±0.0000", "0.0000 ±0.0000"]
     assert "| toy | MTP |" not in text
+
+
+def test_on_a_gpu_the_time_of_a_step_is_that_of_the_run_alone(written):
+    heads = dict(effect_row("MTP-D", 1, 3.0, 0.5), K=4, steps=600)
+    loss = row("toy K0 same steps seed1, loss", "plain", dict(loss=[3.1]), text="toy", seed=1,
+               method="no heads, same steps")
+    alone = row("toy K4 MTP-D alone seed1", "plain", dict(loss=[3.0]), text="toy", seed=1)
+    text, _ = written([heads, loss, dict(alone, steps=600, ms_per_step=30.0)])
+    text = text[text.index("## What heads cost") :]
+    assert cells(text, "toy", "MTP-D")[:3] == ["1", "600 ±0", "30.0"]
 
 
 def test_cards_have_a_column_per_size_and_estimates_with_bounds(written):
