@@ -230,7 +230,8 @@ def print_rows(rows):
 
 def print_predictions(rows):
     print("\npredicted from the texts of the even prompts, measured by decoding the odd ones\n"
-          "temperature heads measured  predicted  too high  (95 %)              1 + sum CAR  too high")
+          "temperature heads measured  predicted  too high  (95 %)"
+          "              1 + sum CAR  too high")
     for row in rows:
         low, high = row["percent_interval"]
         bounds = f"({low:+.1f} .. {high:+.1f} %)"
