@@ -81,27 +81,27 @@ def of(rows, kind):
 # the walk
 
 
-@pytest.mark.parametrize("seed,V,K", [(0, 3, 1), (2, 5, 3), (3, 9, 8), (4, 6, 5)])
+@pytest.mark.parametrize("seed,V,K", [(0, 3, 1), (2, 5, 3), (3, 9, 6), (4, 6, 4)])
 def test_a_greedy_walk_takes_the_decoders_own_forwards(seed, V, K):
     """prompt by prompt, for each number of heads"""
     model = random_model(seed, V, K)
     rows = np.random.default_rng(seed)
-    prompts = [rows.integers(V, size=n).tolist() for n in (2, 5, 1)]
+    prompts = [rows.integers(V, size=n).tolist() for n in (2, 9, 1)]
     counts = sorted({1, K // 2 + 1, K})
-    cfg = config(tokens=18, batch=2)                      # the last group is filled up
+    cfg = config(tokens=14, batch=2)                      # the last group is filled up
     texts, _ = acceptance.write(model, prompts, cfg, 0, 0.0)
     sample = acceptance.examine(model, prompts, texts, 0, counts)
     for k in counts:
         want = []
         for prompt, text in zip(prompts, texts):
-            (ids,), stats = decode.generate(model, [prompt], 18, heads=k)
+            (ids,), stats = decode.generate(model, [prompt], 14, heads=k)
             assert ids == text
             want.append(stats.forwards)
         assert sample.forwards[k].tolist() == want
         written, forwards = acceptance.write(model, prompts, cfg, k, 0.0)
         assert written == texts and forwards.tolist() == want
-    assert sample.tokens.tolist() == [17] * 3
-    assert sum(want) < 0.9 * 17 * 3                       # drafts were accepted
+    assert sample.tokens.tolist() == [13] * 3
+    assert sum(want) < 0.9 * 13 * 3                       # drafts were accepted
     # and over all positions it is what is accepted there
     assert sample.rates() == bench.text_acceptance(model, list(zip(prompts, texts)))
 
@@ -374,14 +374,14 @@ def test_the_printed_tables_and_the_last_line(toy, monkeypatch, capsys):
         raise AssertionError(f"{name} is not JSON")
     paths = [toy / "ckpt.pt", toy / "one.pt"]
     out = call(monkeypatch, capsys, "accept", *paths, "--json",
-               *as_flags({**FLAGS, "prompt_tokens": 4, "tokens": 99}))
+               *as_flags({**FLAGS, "prompt_tokens": 24, "tokens": 99}))
     *lines, last = out.splitlines()
     results = json.loads(last, parse_constant=refuse)
     assert [result["checkpoint"] for result in results] == list(map(str, paths))
     assert [row["heads"] for row in of(results[1]["acceptance"], "T = 1")] == [1]
     table = "\n".join(lines)
-    assert "the shortest context, 48 tokens, leaves room for 44 new ones" in table
-    assert "ckpt.pt: 3 heads, 4 prompts, 44 tokens each, float64 on cpu" in table
+    assert "the shortest context, 48 tokens, leaves room for 24 new ones" in table
+    assert "ckpt.pt: 3 heads, 4 prompts, 24 tokens each, float64 on cpu" in table
     shown = [line for line in lines if " .. " in line]
     for result in results:
         rows = result["acceptance"]
