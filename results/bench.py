@@ -4,6 +4,9 @@ bench.py: is the decoded text the same, how fast is decoding, and what does a tr
     python results/bench.py check CKPT       greedy text with heads against ordinary decoding
     python results/bench.py decode CKPT ..   ordinary decoding, 1 .. 4 heads and heads="auto" on the
                                              same prompts
+    python results/bench.py accept CKPT ..   how many drafts are accepted, on four kinds of text;
+                                             tokens per forward, predicted and measured: see
+                                             acceptance.py
     python results/bench.py costs CKPT --out FILE  how long rounds take here, for decode.py --costs
     python results/bench.py train            a training step for several K, with and without KL
     python results/bench.py train --memory_gb 8    what fits on a card of 8 GB, see cards.py
@@ -135,6 +138,24 @@ class DecodeConfig(CheckConfig):
 
 
 @dataclass
+class AcceptConfig(DeviceFlags):
+    prompts: str = flag(
+        "", "file of prompts, as for decode; the row on given text is left out. Empty: pieces of "
+        "the validation text",
+    )
+    data: str = flag("", "dataset to take the prompts from; empty: the checkpoint's")
+    count: int = flag(128, "prompts", min=2)
+    prompt_tokens: int = flag(64, "tokens of a prompt from the validation text", min=1)
+    tokens: int = flag(128, "tokens of each text, without its prompt", min=1)
+    heads: str = flag(
+        "", "numbers of MTP heads that draft, with commas; empty: 1, 2, 4, 8, 16, as far as there "
+        "are so many, and all",
+    )
+    batch: int = flag(0, "texts that are written side by side; 0: 16, on a GPU 128", min=0)
+    seed: int = flag(1, "seed of the texts at temperature 1")
+
+
+@dataclass
 class CostsConfig(DeviceFlags):
     batch: str = flag("1", "numbers of sequences, with commas")
     temperature: float = flag(1.0, "of the rounds that are timed; 0 is greedy", min=0)
@@ -172,14 +193,33 @@ def pick_prompts(checkpoint, cfg, context):
         rows = read_prompt_rows(cfg.prompts)[: cfg.count]
         prompts = encode(checkpoint.tokenizer, rows, room)
         return prompts, [str(row.get("kind", "")) for _, row in rows]
+    pieces = validation_pieces(checkpoint, cfg, min(cfg.prompt_tokens, room))
+    return pieces, [""] * cfg.count
+
+
+def validation_pieces(checkpoint, cfg, tokens):
+    """--count pieces of the validation text, spread evenly, as lists of ids; of a short text they
+    are half as long as it, at most"""
     train_cfg = train.stored_config(checkpoint.meta)
     if cfg.data:
         train_cfg = dataclasses.replace(train_cfg, data=cfg.data, tokenizer="")
     _, val_ids, data_meta = train.open_data(train_cfg)
     train.check_data(checkpoint.path, train_cfg, data_meta, checkpoint.meta, same_text=False)
-    n = min(cfg.prompt_tokens, room, len(val_ids) // 2)
+    n = min(tokens, len(val_ids) // 2)
     starts = torch.linspace(0, len(val_ids) - n - 1, cfg.count).long().tolist()
-    return [val_ids[start : start + n].tolist() for start in starts], [""] * cfg.count
+    return [val_ids[start : start + n].tolist() for start in starts]
+
+
+def shared_prompts(checkpoints, cfg):
+    """-> prompts for all checkpoints and their kinds, see pick_prompts; and cfg, with no more
+    --tokens than the shortest context takes after them"""
+    context = min(checkpoint.model.config.block_size for checkpoint in checkpoints)
+    prompts, kinds = pick_prompts(checkpoints[0], cfg, context)
+    tokens = min(cfg.tokens, context - max(map(len, prompts)))
+    if tokens < cfg.tokens:
+        print(f"the shortest context, {context} tokens, leaves room for {tokens} new ones")
+        cfg = dataclasses.replace(cfg, tokens=tokens)
+    return prompts, kinds, cfg
 
 
 def encode(tokenizer, rows, room):
@@ -282,12 +322,7 @@ def print_difference(row, tokenizer):
 def bench_checkpoints(checkpoints, cfg):
     """bench_decoding at each temperature for each checkpoint, on the same prompts; prints a table
     each -> all rows"""
-    context = min(checkpoint.model.config.block_size for checkpoint in checkpoints)
-    prompts, kinds = pick_prompts(checkpoints[0], cfg, context)
-    tokens = min(cfg.tokens, context - max(map(len, prompts)))
-    if tokens < cfg.tokens:
-        print(f"the shortest context, {context} tokens, leaves room for {tokens} new ones")
-        cfg = dataclasses.replace(cfg, tokens=tokens)
+    prompts, kinds, cfg = shared_prompts(checkpoints, cfg)
     for checkpoint in checkpoints:                        # before the first is measured
         check_decoding(checkpoint, prompts, cfg)
     one_head = {}            # temperature -> tokens/s with 1 head, of the first checkpoint with one
@@ -885,6 +920,19 @@ def main_decode(given, paths):
     return bench_checkpoints(load(paths, cfg), cfg)
 
 
+def main_accept(given, paths):
+    from results import acceptance
+
+    cfg = read_config(AcceptConfig, given)
+    results = []
+    try:
+        for result in acceptance.measure(load(paths, cfg), cfg):
+            results.append(result)
+    except KeyboardInterrupt:
+        raise Interrupted(results) from None
+    return results
+
+
 def main_costs(given, paths):
     cfg = CostsConfig(**given)
     check_flags(cfg)
@@ -900,6 +948,7 @@ def main_costs(given, paths):
 COMMANDS = {                                              # flags, number of checkpoints, what to do
     "check": (CheckConfig, 1, main_check),
     "decode": (DecodeConfig, "+", main_decode),
+    "accept": (AcceptConfig, "+", main_accept),
     "costs": (CostsConfig, 1, main_costs),
     "train": (StepConfig, None, main_train),
 }

@@ -361,6 +361,15 @@ MUTATIONS = [
      "        if not kept:\n            raise\n", "        raise\n",
      ["test_bench.py::test_what_was_measured_before_ctrl_c_is_printed"]),
 
+    # ---- results/acceptance.py
+    ("a median over prompts: a few easy texts count as much as all forwards together", "results/acceptance.py",
+     "float(top.sum() / bottom.sum())", "float(np.median(top / bottom))",
+     ["test_acceptance.py::test_tokens_per_forward_are_totals"]),
+    ("rounds begin everywhere, not only behind what the last one accepted", "results/acceptance.py",
+     "begins[i + 1 : i + K + 2] += begins[i] * exactly[i]", "begins[i + 1] += begins[i]",
+     ["test_acceptance.py::test_a_greedy_walk_takes_the_decoders_own_forwards",
+      "test_acceptance.py::test_at_temperature_1_the_expected_rounds_are_those_of_all_ways_to_draft_and_accept"]),
+
     # ---- results/: the check, the cards
     ("the check is inside whatever the run has learned", "results/check.py",
      "        if not low <= x <= high:", "        if False:",
