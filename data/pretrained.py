@@ -371,6 +371,8 @@ def main():
     keep_old(out)
     train_config = {**PRESET, "data": f"data/{out.name}-self", "out": str(out)}
     train_config["block_size"] = min(PRESET["block_size"], model.config.block_size)
+    for name in ("n_layer", "n_head", "n_embd"):   # train.py compiles a deep model block by block
+        train_config[name] = getattr(model.config, name)
     save_checkpoint(out / "ckpt.pt", model, tokenizer=spec, step=0, train_config=train_config,
                     source=path.name, source_sha256=digest)
     show(f"{path.name}: {model.config}")

@@ -261,6 +261,8 @@ def test_the_checkpoint(flags, dtype, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), want.parameters()))
     assert meta["tokenizer"] == spec and meta["source_sha256"] == digest
     assert meta["train_config"]["data"] == "data/toy-self"
+    for name in ("n_layer", "n_head", "n_embd"):  # not train.py's defaults
+        assert meta["train_config"][name] == getattr(model.config, name)
     toy_checkpoint(tmp_path, monkeypatch)                                 # the one before is kept
     assert (tmp_path / "out/toy/ckpt.old.pt").exists()
     # and it decodes
