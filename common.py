@@ -132,9 +132,9 @@ def autocast(device, dtype):
 
 
 def git_commit():
-    command = ["git", "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent)
     except OSError:  # no git
         return None
     return done.stdout.strip() or None
@@ -142,8 +142,7 @@ def git_commit():
 
 def one_line(error):
     """an exception's type and message as one short line"""
-    text = f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # -----------------------------------------------------------------------------

@@ -374,7 +374,8 @@ class Decoder:
         # with one-hot p and q the three rules are one; without heads there is nothing to reject
         self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
         self.noise = make_noise(self.rule, len(self.n), k, self.model.weight)
-        rows = (self.n - self.right).amax(1).tolist()     # that head j lacks
+        # rows that head j lacks; finished sequences need none
+        rows = ((self.n - self.right) * (self.n < self.limit)).amax(1).tolist()
         lacking = [j for j in range(1, k + 1) if rows[j] > self.width]
         if lacking:                                       # the last one lacks most
             self.rebuild(range(lacking[0], k + 1), rows[k])

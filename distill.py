@@ -118,7 +118,7 @@ def mtp_d_loss(logits, targets, alpha, beta, top_n, kl="forward", detach_teacher
 def count_top_n(n, vocab_size):
     """N as a count (n >= 1) or as a fraction of the vocabulary (n < 1) -> count, at most V. Note
     that 1.0 is a count: one logit, whose KL is always 0. For all of them, give V or more"""
-    if not 0 < n < math.inf or (n >= 1 and n != int(n)):
+    if not 0 < n < math.inf or n > 1 and n % 1:
         raise ValueError(
             f"top_n is {n}; it must be a whole number of logits, or a fraction of the vocabulary "
             "below 1"

@@ -107,8 +107,7 @@ def new_weights(old, n):
     """weights of m heads -> those of n, as a flag: the new ones have that of the last old one, the
     frozen ones none (distill.py leaves out heads without a weight)"""
     m = len(old)
-    weights = [0.0] * m + [old[-1]] * (n - m)
-    return ",".join(map(str, weights))
+    return ",".join(map(str, [0.0] * m + [old[-1]] * (n - m)))
 
 
 def begin(path, given, heads):

@@ -295,6 +295,25 @@ def test_a_decoder_that_is_used_again_reads_the_new_prompts(monkeypatch):
         seen.clear()
 
 
+def test_nothing_is_rebuilt_for_sequences_that_are_finished(monkeypatch):
+    """the last look at the counts comes after the last round"""
+    rebuilt, rebuild = [], Decoder.rebuild
+
+    def spy(self, parts, rows):
+        rebuilt.append(rows)
+        return rebuild(self, parts, rows)
+    monkeypatch.setattr(Decoder, "rebuild", spy)
+    model = make_model(11, 60, 2, seed=3)
+    scripted(monkeypatch, [0] * 20 + [2])
+    _, stats = generate(model, [list(range(9))], 21, heads="auto")
+    assert stats.forwards == 20 and rebuilt == [9], rebuilt
+    # of a long text that is finished and a short one that is not, the short one counts
+    scripted(monkeypatch, [0] * 5 + [2])
+    rebuilt.clear()
+    generate(model, [list(range(9)) * 6, [1, 2]], 20, heads="auto")
+    assert rebuilt == [54, 7], rebuilt
+
+
 def test_a_prompt_and_a_long_pause_are_made_up_for_in_pieces(monkeypatch):
     """more rows than PREFILL, for one sequence of two"""
     model = make_model(11, 600, 2, seed=3)
