@@ -550,7 +550,7 @@ def clock(args, runner, sources):
     for seed in args.seeds if args.scale == "gpu" else ():
         models = [deep_checkpoint(runner, "K1 MTP", seed),
                   deep_checkpoint(runner, "K4 MTP-D", seed, "-16")]
-        time_decoding(runner, f"speed python deep seed{seed}", "speed", models,
+        time_decoding(runner, f"clock python deep seed{seed}", "speed", models,
                       "1,2,4,8,16,auto", seed)
 
 

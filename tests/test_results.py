@@ -626,6 +626,23 @@ def test_a_part_alone_makes_what_it_reads(name, tmp_path, monkeypatch, commands)
     assert last
 
 
+@pytest.mark.parametrize("name", ["deep", "clock"])
+def test_rows_of_an_earlier_build_do_not_stand_for_todays(name, tmp_path, monkeypatch, commands):
+    """with the rows of the repository's log there"""
+    path = tmp_path / "results" / "gpu" / "runs.jsonl"
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(RESULTS / "gpu" / "runs.jsonl", path)
+    start(monkeypatch, tmp_path, "--scale", "gpu", "--part", name)
+    rows = tables.read(path)
+    keys = {(row.get("text"), row.get("K"), row.get("method"), row.get("seed")) for row in rows}
+    for seed in (1, 2, 3):
+        for K, method in ((1, "MTP"), (4, "MTP"), (4, "MTP-D")):
+            assert name == "clock" or ("python deep", K, method, seed) in keys
+        timed = [flags_of(row)["--temperature"] for row in rows
+                 if row.get("text") == reproduce.UNSEEN and row["seed"] == seed]
+        assert name == "deep" or sorted(timed) == ["0", "0.7,1"]
+
+
 def test_only_the_runs_that_are_named(tmp_path, monkeypatch, commands):
     rows = part(monkeypatch, tmp_path, "pilot", "--only", "MTP-D seed1,MTP seed3")
     assert {name for name in rows if "pilot" in name} == {
