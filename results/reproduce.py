@@ -325,7 +325,7 @@ def timed_heads(args, runner, text, data, extra):
         return find_row(runner, f"{text} K4 MTP-D seed{seed}")
     name = f"{text} K4 MTP-D alone seed{seed}"
     runner.all([train_job(args, args.scale, runner.work, name, "plain", data, seed,
-                          f"{extra} --n_mtp 4 --beta 0.5", text=text)], each=1)
+                          f"{extra} --n_mtp 4 --beta 0.5", text=text, method="MTP-D")], each=1)
     return find_row(runner, name)
 
 

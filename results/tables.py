@@ -108,7 +108,8 @@ def effect_table(rows):
 
 def plain_table(rows):
     """what heads cost the main head: K = 4 beside GPTs without heads, all on the same targets"""
-    effect = group(rows, "effect", "text", "K", "method")
+    # rows of earlier builds say no steps: their losses are over all targets
+    effect = group([row for row in rows if "steps" in row], "effect", "text", "K", "method")
     heads = {(text, method): runs for (text, K, method), runs in effect.items() if K == 4}
     bare = group(rows, "plain", "text", "method")
     facts = {row["name"]: row for row in rows if row.get("part") == "plain"}
@@ -121,7 +122,7 @@ def plain_table(rows):
             if not runs:
                 continue
             logs = [facts.get(row["name"].removesuffix(", loss"), row) for row in runs]
-            if key[1] == "MTP-D":              # on a GPU, one more run alone says the time
+            if key in heads and key[1] == "MTP-D":         # on a GPU, one more alone says the time
                 logs += [row for name, row in facts.items() if f"{text} K4 MTP-D alone" in name]
             ms = [log["ms_per_step"] for log in logs if "ms_per_step" in log]
             lines.append([

@@ -1064,6 +1064,19 @@ def test_what_heads_cost_is_a_difference_within_a_seed(written):
     assert "| toy | MTP |" not in text
 
 
+def test_a_loss_on_other_targets_is_not_compared(written):
+    """rows that say no steps are of earlier builds, which evaluated the main head on all targets"""
+    loss = row("toy K0 same steps seed1, loss", "plain", dict(loss=[3.0]), text="toy", seed=1,
+               method="no heads, same steps")
+    old = [dict(effect_row(method, 1, 3.3, 0.5), K=4) for method in ("MTP", "MTP-D")]
+    alone = row("toy K4 MTP-D alone seed1", "plain", dict(loss=[3.1]), text="toy", seed=1, K=4,
+                method="MTP-D")
+    text, _ = written([*old, loss, dict(alone, steps=600, ms_per_step=30.0)])
+    text = text[text.index("## What heads cost") :]
+    assert cells(text, "toy", "MTP-D")[:5] == ["1", "600", "30.0", "3.1000", "0.1000"]
+    assert "| toy | MTP |" not in text
+
+
 def test_on_a_gpu_the_time_of_a_step_is_that_of_the_run_alone(written):
     heads = dict(effect_row("MTP-D", 1, 3.0, 0.5), K=4, steps=600)
     loss = row("toy K0 same steps seed1, loss", "plain", dict(loss=[3.1]), text="toy", seed=1,
