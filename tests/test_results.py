@@ -542,11 +542,42 @@ def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
     runner.makers = {a: first, b: second}
     runner.rows = [{"name": "first"}, {"name": "second"}]
     runner.all([("third", "speed", ["-c", read, str(b / "ckpt.pt")], {})])
-    assert (a / "ckpt.pt").exists() and (b / "ckpt.pt").exists() and runner.failed == 0
+    assert (a / "ckpt.pt").exists() and (b / "ckpt.pt").exists() and not runner.failed
     assert [row["name"] for row in runner.rows] == ["first", "second", "third"]
     (a / "ckpt.pt").unlink()
     runner.all([("third", "speed", [], {}), second])       # all have rows: nothing runs
     assert not (a / "ckpt.pt").exists()
+
+
+def test_the_checkpoint_of_a_run_that_stopped_is_not_measured(tmp_path, monkeypatch, capsys):
+    """train.py writes one at each evaluation: such a run is made again, and where it stops again,
+    nothing that reads it runs"""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    write = ("import json, sys; from pathlib import Path; o = Path(sys.argv[-1]); "
+             "o.mkdir(exist_ok=True); (o / 'ckpt.pt').write_text('x'); step = int(sys.argv[1]); "
+             "rows = dict(config=dict(steps=9)), dict(step=step, val=1); "
+             "(o / 'log.jsonl').write_text('\\n'.join(map(json.dumps, rows))); "
+             "print(1); sys.exit(step != 9)")
+    a = tmp_path / "a"
+    reader = ("reads", "speed", ["-c", "print(2)", str(a / "ckpt.pt")], {})
+    for stops in (5, 9):
+        training = ("trains", "effect", ["-c", write, str(stops), "--out", str(a)], {})
+        runner = reproduce.Runner("tiny", tmp_path, 1)
+        runner.makers = {a: training}
+        runner.all([training])
+        runner.all([reader])
+        assert runner.failed == ({"trains", "reads"} if stops == 5 else set())
+        names = [row["name"] for row in runner.rows]
+        assert names == (["trains", "reads"] if stops == 9 else [])
+    said = capsys.readouterr().out
+    assert said.count("trains FAILED") == said.count("reads FAILED: ['it reads what trains") == 1
+    # stopped when it was made again: there is a row, and a checkpoint of step 5
+    training[2][2] = "5"
+    runner.start(training[2], 0)
+    training[2][2] = "9"
+    runner.all([("reads again", *reader[1:])])
+    assert json.loads((a / "log.jsonl").read_text().splitlines()[-1])["step"] == 9
+    assert runner.rows[-1]["name"] == "reads again" and not runner.failed
 
 
 # -----------------------------------------------------------------------------
@@ -569,7 +600,8 @@ def commands(tmp_path, monkeypatch):
             out = tmp_path / flags["--out"]
             out.mkdir(parents=True, exist_ok=True)
             (out / "ckpt.pt").write_text("", encoding="utf-8")
-            log = [dict(config=dict(steps=int(flags.get("--steps", 600)))),
+            steps = int(flags.get("--steps", 600))
+            log = [dict(config=dict(steps=steps)), dict(step=steps, val={}),
                    dict(ms=20.0 if flags.get("--n_mtp") == "0" else 30.0)]
             (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
         return SimpleNamespace(returncode=len(missing), stdout="[1]", stderr=" ".join(missing))
@@ -1015,7 +1047,8 @@ def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, m
             out = tmp_path / command[command.index("--out") + 1]
             out.mkdir(parents=True)
             steps = int(command[command.index("--steps") + 1]) if "--steps" in command else 600
-            log = [dict(config=dict(steps=steps)), dict(ms=99.0), dict(ms=15.0), dict(ms=25.0)]
+            log = [dict(config=dict(steps=steps)), dict(ms=99.0), dict(ms=15.0), dict(ms=25.0),
+                   dict(step=steps, val={})]
             (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
             (out / "ckpt.pt").write_text("", encoding="utf-8")
         return SimpleNamespace(returncode=0, stdout=json.dumps(dict(loss=[3.0])))
