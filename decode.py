@@ -432,9 +432,9 @@ class Decoder:
         return torch.stack(draft_probs, 1) if self.rule == "residual" else None
 
     def propose(self, logits, at, noise):
-        """logits of head k (B, V), the places of the tokens it read (B, width), random numbers -> its
-        probabilities (B, V) if the rule asks for them (the others want one fixed token), the tokens
-        that head k+1 reads, and their places. Writes d_k into the buffer"""
+        """logits of head k (B, V), the places of the tokens it read (B, width), random numbers ->
+        its probabilities (B, V) if the rule asks for them (the others want one fixed token), the
+        tokens that head k+1 reads, and their places. Writes d_k into the buffer"""
         at = at + 1                                       # the last of these places is d_k's
         probs = None
         if self.rule == "residual":
