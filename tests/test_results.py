@@ -213,6 +213,13 @@ def test_effect_has_means_half_ranges_and_differences_within_a_seed(written):
         "-0.050, -0.100"]
 
 
+def test_losses_of_different_hardware_are_not_compared(written):
+    rows = [effect_row("MTP", 1, 3.0, 0.5), dict(effect_row("MTP", 2, 3.2, 0.5), device="other"),
+            effect_row("MTP-D", 1, 3.1, 0.6), effect_row("MTP-D", 2, 3.1, 0.6)]
+    text, _ = written(rows)
+    assert cells(text, "toy", "1", "MTP-D")[:3] == ["2", "3.1000 ±0.0000", "0.1000"]
+
+
 def test_the_entropy_table_has_shares_means_and_differences_within_a_seed(written):
     text, _ = written([
         entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)),
