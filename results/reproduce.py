@@ -33,10 +33,11 @@ Parts   presets   `python train.py` as README has it (tiny, or small on a GPU), 
 
 Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run
 that has a row is not run again, so an interrupted call continues where it stopped. Checkpoints go
-to --work (out/reproduce). A part that reads checkpoints of another part makes those that are gone
-again, and runs those that have no row yet, so that each part can be called alone. --only TEXT runs
-those runs alone whose names hold TEXT (or one of several, with commas), such as "MTP-D seed1".
---prose takes a text file (its vocabulary is trained here) or a prepared folder.
+to --work (out/reproduce). A part that reads checkpoints of another part makes those that are gone,
+or of a run that stopped, again, and runs those that have no row yet, so that each part can be
+called alone. --only TEXT runs those runs alone whose names hold TEXT (or one of several, with
+commas), such as "MTP-D seed1". --prose takes a text file (its vocabulary is trained here) or a
+prepared folder.
 """
 
 import argparse
