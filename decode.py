@@ -421,7 +421,7 @@ class Decoder:
         which may have been a draft since rejected: row i is right if i+k < n, and the last k rows
         may be wrong. In all max(a+1, k) <= K+1 rows. Near the start of a text row 0 stands in for
         the missing ones, several times, with the same result."""
-        at, tokens = self.window(1 - self.width, 0)       # (B, K+1): head 1 reads t_{n-K} .. t_n
+        at, tokens = self.window(1 - self.width, 0)       # (B, width): head 1 reads .. t_n
         positions = self.model.positions(self.cache, at - 1)
         draft_probs = []
         for k in range(1, self.k + 1):
@@ -432,9 +432,9 @@ class Decoder:
         return torch.stack(draft_probs, 1) if self.rule == "residual" else None
 
     def propose(self, logits, at, noise):
-        """logits of head k (B, V), the places of the tokens it read (B, K+1), random numbers -> its
-        probabilities (B, V) if the rule asks for them (the others want one fixed token), the tokens
-        that head k+1 reads, and their places. Writes d_k into the buffer"""
+        """logits of head k (B, V), the places of the tokens it read (B, width), random numbers ->
+        its probabilities (B, V) if the rule asks for them (the others want one fixed token), the
+        tokens that head k+1 reads, and their places. Writes d_k into the buffer"""
         at = at + 1                                       # the last of these places is d_k's
         probs = None
         if self.rule == "residual":

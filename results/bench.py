@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decode  # noqa: E402
 import train  # noqa: E402
 from common import (  # noqa: E402
-    DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
+    JSON_FLAG, DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
 )
 from data.errors import show  # noqa: E402
 from data.reader import read_prompt_rows  # noqa: E402
@@ -963,7 +963,7 @@ def main():
     cls, checkpoints, command = COMMANDS[name]
     extra = [
         ("command", dict(choices=[name], help="what to measure")),
-        ("--json", dict(action="store_true", help="print the result as JSON on the last line")),
+        JSON_FLAG,
     ]
     if checkpoints:
         extra.insert(1, ("checkpoints", dict(

@@ -3,7 +3,7 @@ entropy.py: where are drafts accepted? The acceptance of the MTP heads by the en
 head that verifies them.
 
     python results/entropy.py CKPT [CKPT ..] --json       called by reproduce.py --part entropy
-    python results/entropy.py CKPT --by confidence        by the draft's own probability instead:
+    python results/entropy.py CKPT --by confidence        by the head's largest probability instead:
                                                           does a head know when it is right?
 
 Each checkpoint is run on the validation windows that train.py evaluates it on, teacher-forced. Row

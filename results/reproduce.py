@@ -33,10 +33,11 @@ Parts   presets   `python train.py` as README has it (tiny, or small on a GPU), 
 
 Every run is a row of results/SCALE/runs.jsonl with its command, seed, result and hardware; a run
 that has a row is not run again, so an interrupted call continues where it stopped. Checkpoints go
-to --work (out/reproduce). A part that reads checkpoints of another part makes those that are gone
-again, and runs those that have no row yet, so that each part can be called alone. --only TEXT runs
-those runs alone whose names hold TEXT (or one of several, with commas), such as "MTP-D seed1".
---prose takes a text file (its vocabulary is trained here) or a prepared folder.
+to --work (out/reproduce). A part that reads checkpoints of another part makes those that are gone,
+or of a run that stopped, again, and runs those that have no row yet, so that each part can be
+called alone. --only TEXT runs those runs alone whose names hold TEXT (or one of several, with
+commas), such as "MTP-D seed1". --prose takes a text file (its vocabulary is trained here) or a
+prepared folder.
 """
 
 import argparse
@@ -51,6 +52,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
@@ -103,7 +105,7 @@ class Runner:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "runs.jsonl"
         self.rows = tables.read(self.path)
-        self.failed = 0
+        self.failed = set()                    # names of runs
         self.makers = {}                       # folder -> the job that writes it
         self.gpus = torch.cuda.device_count()
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
@@ -129,10 +131,8 @@ class Runner:
         if self.has(name):
             return
         begin = time.time()
-        done = self.call(command, gpu)
+        done = self.call(name, command, gpu)
         if done.returncode:
-            self.failed += 1
-            print(f"{name} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             return
         result = json.loads(done.stdout.strip().splitlines()[-1])
         if command[0] == "train.py":
@@ -150,8 +150,19 @@ class Runner:
             text += f", main loss {brief['loss'][0]:.4f}, CAR {[round(x, 3) for x in brief['car']]}"
         print(text, flush=True)
 
-    def call(self, command, gpu=0):
-        """a process of its own"""
+    def call(self, name, command, gpu=0):
+        """a process of its own, unless a checkpoint that it reads could not be made -> what came of
+        it; says so where it failed"""
+        unmade = [job[0] for job in self.missing([command])]
+        done = SimpleNamespace(returncode=1, stderr=f"it reads what {', '.join(unmade)} makes")
+        if not unmade:
+            done = self.start(command, gpu)
+        if done.returncode:
+            self.failed.add(name)
+            print(f"{name} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        return done
+
+    def start(self, command, gpu):
         env = {**os.environ, "PYTHONUTF8": "1"}
         visible = env.get("CUDA_VISIBLE_DEVICES")
         mine = visible.split(",") if visible else range(self.gpus)
@@ -196,20 +207,23 @@ class Runner:
     def restore(self, jobs):
         """make the checkpoints that these jobs read and that are not there: runs.jsonl is in the
         repository, checkpoints are not. Those that have a row get no other one"""
-        gone = self.missing(jobs)
-        if gone:
-            self.restore(gone)
-            gone = self.missing(jobs)          # without those that others of them have read
-            names = ", ".join(job[0] for job in gone)
-            print(f"making {len(gone)} checkpoints first: {names}", flush=True)
+        commands = [job[2] for job in jobs]
+        if self.missing(commands):
+            self.restore(self.missing(commands))
+            # without those that others of them have read, and those that have failed
+            gone = [job for job in self.missing(commands) if job[0] not in self.failed]
+            if gone:
+                names = ", ".join(job[0] for job in gone)
+                print(f"making {len(gone)} checkpoints first: {names}", flush=True)
             self.side_by_side(self.make, gone, self.parallel)
 
-    def missing(self, jobs):
-        """the jobs that make the checkpoints that these read and that are not there"""
+    def missing(self, commands):
+        """the jobs that make the checkpoints that these read and that are not there, or not those
+        of the last step"""
         needed = set()
-        for _, _, command, _ in jobs:
+        for command in commands:
             for word in command:
-                if word.endswith("ckpt.pt") and not (ROOT / word).exists():
+                if word.endswith("ckpt.pt") and not finished(ROOT / word):
                     needed.add(Path(word).parent)
         return [self.makers[folder] for folder in sorted(needed) if folder in self.makers]
 
@@ -217,9 +231,7 @@ class Runner:
         """a run whose checkpoint is needed"""
         if not self.has(job[0]):
             return self.run(*job[:3], gpu=gpu, alone=self.parallel == 1, **job[3])
-        done = self.call(job[2], gpu)
-        if done.returncode:
-            print(f"{job[0]} FAILED: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        self.call(job[0], job[2], gpu)
 
 
 def read_log(path):
@@ -230,6 +242,15 @@ def read_log(path):
     ms = [row["ms"] for row in rows if "ms" in row]
     ms = ms[1:] or ms                          # the first steps compile
     return dict(steps=header["config"]["steps"], ms_per_step=round(statistics.mean(ms), 3))
+
+
+def finished(checkpoint):
+    """whether it is there and, as its log says, of the last step: a run that stopped leaves the
+    checkpoint of its last evaluation"""
+    rows = [row for _, row in tables.json_lines(checkpoint.with_name("log.jsonl")) if row]
+    steps = [row["config"]["steps"] for row in rows if "config" in row]
+    evaluated = [row["step"] for row in rows if "val" in row]
+    return checkpoint.exists() and (not rows or steps[-1:] == evaluated[-1:])
 
 
 def shorten(value):
@@ -325,7 +346,7 @@ def timed_heads(args, runner, text, data, extra):
         return find_row(runner, f"{text} K4 MTP-D seed{seed}")
     name = f"{text} K4 MTP-D alone seed{seed}"
     runner.all([train_job(args, args.scale, runner.work, name, "plain", data, seed,
-                          f"{extra} --n_mtp 4 --beta 0.5", text=text)], each=1)
+                          f"{extra} --n_mtp 4 --beta 0.5", text=text, method="MTP-D")], each=1)
     return find_row(runner, name)
 
 
@@ -550,7 +571,7 @@ def clock(args, runner, sources):
     for seed in args.seeds if args.scale == "gpu" else ():
         models = [deep_checkpoint(runner, "K1 MTP", seed),
                   deep_checkpoint(runner, "K4 MTP-D", seed, "-16")]
-        time_decoding(runner, f"speed python deep seed{seed}", "speed", models,
+        time_decoding(runner, f"clock python deep seed{seed}", "speed", models,
                       "1,2,4,8,16,auto", seed)
 
 
@@ -782,7 +803,7 @@ def main():
                  "and the same command makes the others")
     tables.write(runner.folder, runner.rows)
     if runner.failed:
-        raise UserError(f"{runner.failed} runs failed; call it again to run only those")
+        raise UserError(f"{len(runner.failed)} runs failed; call it again to run only those")
 
 
 if __name__ == "__main__":

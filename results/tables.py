@@ -56,10 +56,14 @@ def column(runs, measure, scale=1, digits=3):
 
 
 def paired(groups, key, other, measure):
-    """differences to the runs of `other` with the same seed, in the order of the seeds"""
-    base = {row["seed"]: measure(row) for row in groups.get(other, [])}
+    """differences to the runs of `other` with the same seed, in the order of the seeds. From one
+    GPU to another, losses differ by more than what is compared: these are left out"""
+    def same(row):
+        return row["seed"], row["device"], row["torch"]
+
+    base = {same(row): measure(row) for row in groups.get(other, [])}
     runs = sorted(groups[key], key=lambda row: row["seed"])
-    return [measure(row) - base[row["seed"]] for row in runs if row["seed"] in base]
+    return [measure(row) - base[same(row)] for row in runs if same(row) in base]
 
 
 def main_loss(row):
@@ -108,7 +112,8 @@ def effect_table(rows):
 
 def plain_table(rows):
     """what heads cost the main head: K = 4 beside GPTs without heads, all on the same targets"""
-    effect = group(rows, "effect", "text", "K", "method")
+    # rows of earlier builds say no steps: their losses are over all targets
+    effect = group([row for row in rows if "steps" in row], "effect", "text", "K", "method")
     heads = {(text, method): runs for (text, K, method), runs in effect.items() if K == 4}
     bare = group(rows, "plain", "text", "method")
     facts = {row["name"]: row for row in rows if row.get("part") == "plain"}
@@ -121,7 +126,7 @@ def plain_table(rows):
             if not runs:
                 continue
             logs = [facts.get(row["name"].removesuffix(", loss"), row) for row in runs]
-            if key[1] == "MTP-D":              # on a GPU, one more run alone says the time
+            if key in heads and key[1] == "MTP-D":         # on a GPU, one more alone says the time
                 logs += [row for name, row in facts.items() if f"{text} K4 MTP-D alone" in name]
             ms = [log["ms_per_step"] for log in logs if "ms_per_step" in log]
             lines.append([
@@ -615,7 +620,8 @@ def tradeoff_figure(plt, rows):
         if t.split(",")[0] == text and variant not in points:
             ar = paired(everything, (t, variant), (t, "MTP"), first_ar)
             loss = paired(everything, (t, variant), (t, "MTP"), main_loss)
-            points[variant] = [100 * statistics.mean(ar or [0]), statistics.mean(loss or [0])]
+            if ar:
+                points[variant] = [100 * statistics.mean(ar), statistics.mean(loss)]
     fig, (ax,) = canvas(plt)
     points = sorted((*xy, variant) for variant, xy in points.items())
     # the names stand in a column on the right, in the points' order

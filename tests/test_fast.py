@@ -300,6 +300,37 @@ def test_changing_numbers_of_heads_are_those_of_the_plain_decoder(rule, monkeypa
     assert sum(count > 0 for count in results[0][1]) > 1              # a GPU seldom changes
 
 
+@pytest.mark.parametrize("B, ks", [(1, [2, 1] + [0] * 18 + [2, 2]),
+                                   (3, [0] * 6 + [2, 1, 2, 0, 0, 2, 1] + [0] * 5 + [2, 2])])
+def test_drafts_are_those_of_the_plain_decoder_after_a_pause(B, ks, monkeypatch):
+    """heads run over 16 // B rows, and what they lack beyond is rebuilt, by the kernels or not"""
+    gpt, results, rebuilt = toy(block_size=40), [], []
+    rebuild = decode.Decoder.rebuild
+
+    def spy(self, parts, rows):
+        rebuilt.append((type(self), [*parts]))
+        return rebuild(self, parts, rows)
+    monkeypatch.setattr(decode.Decoder, "rebuild", spy)
+    for path in ("on", "off"):
+        wanted = iter(ks * 9)
+        monkeypatch.setattr(fast.heads.HeadChoice, "choose", lambda *args: next(wanted))
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        rounds, going = [], []
+
+        def watch(decoder):
+            for b in going:                               # at the beginning of the last round
+                rounds.append((b, int(decoder.n[b]), decoder.drafts[b].tolist()))
+            going[:] = (decoder.n < decoder.limit).nonzero().flatten().tolist()
+        text, _ = decode.generate(
+            gpt, [[1, 2, 3], [4], [5, 6]][:B], 26, heads="auto", temperature=1.0, fast=path,
+            generator=generator, watch=watch,
+        )
+        results.append((text, rounds))
+    assert results[0] == results[1]
+    if DEVICE == "cpu":                                   # a GPU seldom changes
+        assert (fast.decode.FastDecoder, [1, 2]) in rebuilt
+
+
 def test_auto_chooses_among_the_numbers_that_have_a_graph():
     gpt = toy(n_mtp=11, block_size=40)
     decoder = decode.make_decoder(gpt, 1, 30, "auto", fast="on")

@@ -213,6 +213,13 @@ def test_effect_has_means_half_ranges_and_differences_within_a_seed(written):
         "-0.050, -0.100"]
 
 
+def test_losses_of_different_hardware_are_not_compared(written):
+    rows = [effect_row("MTP", 1, 3.0, 0.5), dict(effect_row("MTP", 2, 3.2, 0.5), device="other"),
+            effect_row("MTP-D", 1, 3.1, 0.6), effect_row("MTP-D", 2, 3.1, 0.6)]
+    text, _ = written(rows)
+    assert cells(text, "toy", "1", "MTP-D")[:3] == ["2", "3.1000 ±0.0000", "0.1000"]
+
+
 def test_the_entropy_table_has_shares_means_and_differences_within_a_seed(written):
     text, _ = written([
         entropy_row("MTP", 1, (0.8, 0.2)), entropy_row("MTP", 2, (0.9, 0.4)),
@@ -542,11 +549,42 @@ def test_a_checkpoint_that_is_gone_is_made_again(tmp_path, monkeypatch):
     runner.makers = {a: first, b: second}
     runner.rows = [{"name": "first"}, {"name": "second"}]
     runner.all([("third", "speed", ["-c", read, str(b / "ckpt.pt")], {})])
-    assert (a / "ckpt.pt").exists() and (b / "ckpt.pt").exists() and runner.failed == 0
+    assert (a / "ckpt.pt").exists() and (b / "ckpt.pt").exists() and not runner.failed
     assert [row["name"] for row in runner.rows] == ["first", "second", "third"]
     (a / "ckpt.pt").unlink()
     runner.all([("third", "speed", [], {}), second])       # all have rows: nothing runs
     assert not (a / "ckpt.pt").exists()
+
+
+def test_the_checkpoint_of_a_run_that_stopped_is_not_measured(tmp_path, monkeypatch, capsys):
+    """train.py writes one at each evaluation: such a run is made again, and where it stops again,
+    nothing that reads it runs"""
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    write = ("import json, sys; from pathlib import Path; o = Path(sys.argv[-1]); "
+             "o.mkdir(exist_ok=True); (o / 'ckpt.pt').write_text('x'); step = int(sys.argv[1]); "
+             "rows = dict(config=dict(steps=9)), dict(step=step, val=1); "
+             "(o / 'log.jsonl').write_text('\\n'.join(map(json.dumps, rows))); "
+             "print(1); sys.exit(step != 9)")
+    a = tmp_path / "a"
+    reader = ("reads", "speed", ["-c", "print(2)", str(a / "ckpt.pt")], {})
+    for stops in (5, 9):
+        training = ("trains", "effect", ["-c", write, str(stops), "--out", str(a)], {})
+        runner = reproduce.Runner("tiny", tmp_path, 1)
+        runner.makers = {a: training}
+        runner.all([training])
+        runner.all([reader])
+        assert runner.failed == ({"trains", "reads"} if stops == 5 else set())
+        names = [row["name"] for row in runner.rows]
+        assert names == (["trains", "reads"] if stops == 9 else [])
+    said = capsys.readouterr().out
+    assert said.count("trains FAILED") == said.count("reads FAILED: ['it reads what trains") == 1
+    # stopped when it was made again: there is a row, and a checkpoint of step 5
+    training[2][2] = "5"
+    runner.start(training[2], 0)
+    training[2][2] = "9"
+    runner.all([("reads again", *reader[1:])])
+    assert json.loads((a / "log.jsonl").read_text().splitlines()[-1])["step"] == 9
+    assert runner.rows[-1]["name"] == "reads again" and not runner.failed
 
 
 # -----------------------------------------------------------------------------
@@ -569,7 +607,8 @@ def commands(tmp_path, monkeypatch):
             out = tmp_path / flags["--out"]
             out.mkdir(parents=True, exist_ok=True)
             (out / "ckpt.pt").write_text("", encoding="utf-8")
-            log = [dict(config=dict(steps=int(flags.get("--steps", 600)))),
+            steps = int(flags.get("--steps", 600))
+            log = [dict(config=dict(steps=steps)), dict(step=steps, val={}),
                    dict(ms=20.0 if flags.get("--n_mtp") == "0" else 30.0)]
             (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
         return SimpleNamespace(returncode=len(missing), stdout="[1]", stderr=" ".join(missing))
@@ -624,6 +663,23 @@ def test_a_part_alone_makes_what_it_reads(name, tmp_path, monkeypatch, commands)
         assert " ".join(commands[-1]) == gone["command"].removeprefix("python ")
         assert 1 < len(commands) == len(set(map(tuple, commands))) < len(rows)
     assert last
+
+
+@pytest.mark.parametrize("name", ["deep", "clock"])
+def test_rows_of_an_earlier_build_do_not_stand_for_todays(name, tmp_path, monkeypatch, commands):
+    """with the rows of the repository's log there"""
+    path = tmp_path / "results" / "gpu" / "runs.jsonl"
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(RESULTS / "gpu" / "runs.jsonl", path)
+    start(monkeypatch, tmp_path, "--scale", "gpu", "--part", name)
+    rows = tables.read(path)
+    keys = {(row.get("text"), row.get("K"), row.get("method"), row.get("seed")) for row in rows}
+    for seed in (1, 2, 3):
+        for K, method in ((1, "MTP"), (4, "MTP"), (4, "MTP-D")):
+            assert name == "clock" or ("python deep", K, method, seed) in keys
+        timed = [flags_of(row)["--temperature"] for row in rows
+                 if row.get("text") == reproduce.UNSEEN and row["seed"] == seed]
+        assert name == "deep" or sorted(timed) == ["0", "0.7,1"]
 
 
 def test_only_the_runs_that_are_named(tmp_path, monkeypatch, commands):
@@ -998,7 +1054,8 @@ def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, m
             out = tmp_path / command[command.index("--out") + 1]
             out.mkdir(parents=True)
             steps = int(command[command.index("--steps") + 1]) if "--steps" in command else 600
-            log = [dict(config=dict(steps=steps)), dict(ms=99.0), dict(ms=15.0), dict(ms=25.0)]
+            log = [dict(config=dict(steps=steps)), dict(ms=99.0), dict(ms=15.0), dict(ms=25.0),
+                   dict(step=steps, val={})]
             (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
             (out / "ckpt.pt").write_text("", encoding="utf-8")
         return SimpleNamespace(returncode=0, stdout=json.dumps(dict(loss=[3.0])))
@@ -1044,6 +1101,19 @@ def test_what_heads_cost_is_a_difference_within_a_seed(written):
         "2", "600 ±0", "30.0 ±0.0", "4.5100 ±0.5000", "0.0100 ±0.0000", "0.1100 ±0.0000"]
     assert cells(text, "toy", "no heads, same time") == [
         "2", "900 ±0", "20.0 ±0.0", "4.4000 ±0.5000", "-0.1000 ±0.0000", "0.0000 ±0.0000"]
+    assert "| toy | MTP |" not in text
+
+
+def test_a_loss_on_other_targets_is_not_compared(written):
+    """rows that say no steps are of earlier builds, which evaluated the main head on all targets"""
+    loss = row("toy K0 same steps seed1, loss", "plain", dict(loss=[3.0]), text="toy", seed=1,
+               method="no heads, same steps")
+    old = [dict(effect_row(method, 1, 3.3, 0.5), K=4) for method in ("MTP", "MTP-D")]
+    alone = row("toy K4 MTP-D alone seed1", "plain", dict(loss=[3.1]), text="toy", seed=1, K=4,
+                method="MTP-D")
+    text, _ = written([*old, loss, dict(alone, steps=600, ms_per_step=30.0)])
+    text = text[text.index("## What heads cost") :]
+    assert cells(text, "toy", "MTP-D")[:5] == ["1", "600", "30.0", "3.1000", "0.1000"]
     assert "| toy | MTP |" not in text
 
 
