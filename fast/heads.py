@@ -13,7 +13,7 @@ import numpy as np
 
 from data.errors import UserError
 
-MEMORY = 64       # forwards that are remembered, about: older ones weigh less
+MEMORY = 64       # forwards that are remembered, or 4 of each sequence: older ones weigh less
 PRIOR = 0.8       # AR of heads of which nothing is known yet,
 PRIOR_DRAFTS = 8  # as if so many drafts had shown it
 SWITCH = 0.02     # another number of heads must be so much better, for its caches are to be filled
@@ -36,6 +36,7 @@ class HeadChoice:
         costs = (costs or {}).get(str(batch)) or round_costs(model, batch, draft_vocab)
         self.costs = np.array(costs, dtype=float)
         self.past = 0
+        self.memory = max(MEMORY, 4 * batch)
         K = model.config.n_mtp
         if len(costs) != K + 1:
             raise UserError(f"the costs are those of 0 .. {len(costs) - 1} heads; this model has "
@@ -47,7 +48,7 @@ class HeadChoice:
         if now < 0:                                       # a new text
             self.past = 0
         recent = np.array(accepted) - self.past
-        self.past = self.past + recent * max(0, 1 - MEMORY / max(1, recent.sum()))
+        self.past = self.past + recent * max(0, 1 - self.memory / max(1, recent.sum()))
         reached = recent.sum(0)[::-1].cumsum()[::-1]               # [k]: k drafts or more accepted
         judged = (reached - recent.diagonal())[:-1]                # of them, where head k+1 drafted
         kept = reached[1:]
@@ -79,8 +80,9 @@ def read_costs(path):
     """what `results/bench.py costs` wrote: {batch, as text: times of a round with 0 .. K heads}"""
     try:
         costs = json.loads(Path(path).read_text(encoding="utf-8"))
-        if all(min(map(float, times)) > 0 for times in costs.values()):
-            return costs
+        if all(isinstance(times, list) and times for times in costs.values()):
+            if all(time > 0 for times in costs.values() for time in times):    # never true of nan
+                return costs
     except OSError as error:
         raise UserError(f"can't read {path} ({error.strerror})") from None
     except (AttributeError, TypeError, ValueError):       # not JSON, or of another shape

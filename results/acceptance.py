@@ -39,7 +39,7 @@ RESAMPLES = 1000
 
 
 @torch.no_grad()
-def accept_probs(model, prompt, ids, temperature):
+def reach_probs(model, prompt, ids, temperature):
     """
     the probability that a round which begins at ids[i] accepts drafts 1 .. k at least, given that
     this text is what comes out -> (len(ids) - 1, K); 0 where the text ends before draft k
@@ -70,7 +70,7 @@ def accept_probs(model, prompt, ids, temperature):
 
 def expected_rounds(accepted):
     """
-    accept_probs of the first K heads (T, K) -> the expected number of rounds with K heads over the
+    reach_probs of the first K heads (T, K) -> the expected number of rounds with K heads over the
     text. A round at i that accepts a drafts is followed by one at i + a + 1. No a is drawn, and
     none is replaced by its mean, which would end between two tokens: what is added up is the
     probability that a round begins at each position. Greedy, this is a walk over the text
@@ -96,7 +96,7 @@ class Sample(NamedTuple):
     looping: np.ndarray    # (n,) whether the text ends in a loop
     tokens: np.ndarray     # (n,) what rounds emit: all but the first, which the prefill emits
     positions: np.ndarray  # (n,) where a round has all K drafts
-    kept: np.ndarray       # (n, K) the sum over them of accept_probs
+    kept: np.ndarray       # (n, K) the sum over them of reach_probs
     forwards: dict         # number of heads: (n,), expected_rounds or as counted
 
     def select(self, chosen):
@@ -115,7 +115,7 @@ def examine(model, prompts, texts, temperature, counts):
     probs = []
     bar = tqdm(zip(prompts, texts), "acceptance", len(prompts), leave=False, unit="text")
     for prompt, ids in bar:
-        probs.append(accept_probs(model, prompt, ids, temperature))
+        probs.append(reach_probs(model, prompt, ids, temperature))
     forwards = {k: np.array([expected_rounds(x[:, :k]) for x in probs]) for k in counts}
     lengths = np.array([len(ids) for ids in texts])
     kept = np.stack([x[: len(x) + 1 - K].sum(0) for x in probs])

@@ -40,7 +40,7 @@ EXERCISES = {
         "acceptance: AR and CAR", 30,
         functions=("decode.py::accepted_lengths", "decode.py::rates"),
         twins=("results/bench.py::rates", "results/bench.py::accept_probs",
-               "results/acceptance.py::accept_probs",
+               "results/acceptance.py::reach_probs",
                "tests/test_bench.py::test_acceptance_when_sampling_against_a_slow_loop",
                "tests/test_decode.py::test_acceptance_equals_a_loop_over_positions",
                "tests/test_decode.py::test_the_benchs_acceptance_is_that_of_restricted_heads",

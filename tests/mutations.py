@@ -224,7 +224,7 @@ MUTATIONS = [
      "if now < 0:  ", "if False:  ",
      ["test_heads.py::test_the_same_seed_is_the_same_text_and_watching_changes_nothing"]),
     ("nothing is forgotten: a head that was once bad stays out", "fast/heads.py",
-     "max(0, 1 - MEMORY / max(1, recent.sum()))", "0",
+     "max(0, 1 - self.memory / max(1, recent.sum()))", "0",
      ["test_heads.py::test_what_was_counted_long_ago_fades_and_a_head_that_sat_out_is_tried_again"]),
     ("a batch costs what one sequence does", "fast/heads.py",
      "rows = batch * (k + 1)", "rows = k + 1",

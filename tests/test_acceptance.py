@@ -160,7 +160,7 @@ def test_at_temperature_1_the_expected_rounds_are_those_of_all_ways_to_draft_and
             prob = 1.0                                    # of this text, by the main head alone
             for p, x in zip(probs[len(prompt) :], rest):
                 prob *= float(p[x])
-            accepted = acceptance.accept_probs(model, prompt, ids, 1)
+            accepted = acceptance.reach_probs(model, prompt, ids, 1)
             assert accepted.shape == (m - 1, 2) and accepted[-1, 1] == 0     # it ends before
             got += prob * acceptance.expected_rounds(accepted)
             certain += prob
@@ -264,7 +264,7 @@ def test_rows_at_temperature_1(toy, accept):
         return decode.generate(model, ids, 12, heads=heads, temperature=1.0, generator=generator)
 
     texts, _ = sample(0)
-    probs = [acceptance.accept_probs(model, *text, 1) for text in zip(ids, texts)]
+    probs = [acceptance.reach_probs(model, *text, 1) for text in zip(ids, texts)]
     kept = sum(x[: 12 - 3].sum(0) for x in probs) / (4 * (12 - 3))
     rows = of(result["acceptance"], "T = 1")
     for row, predicted in zip(rows, result["predictions"][3:], strict=True):

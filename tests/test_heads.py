@@ -388,6 +388,19 @@ def test_what_was_counted_long_ago_fades_and_a_head_that_sat_out_is_tried_again(
     assert choose.choose(accepted, 2) == 1
 
 
+def test_a_large_batch_remembers_some_forwards_of_each_sequence():
+    """three rounds of 60 sequences, the first with good heads, the others with bad ones"""
+    looks = [{(1, 1): 60, (1, 0): bad} for bad in (0, 60, 120)]
+    chosen = []
+    for batch in (1, 60):
+        choose = HeadChoice(make_model(K=1), batch, None, {str(batch): [1.0, 1.3]})
+        now = choose.choose(counts(1, {}), -1)
+        for rows in looks:
+            now = choose.choose(counts(1, rows), now)
+        chosen.append(now)
+    assert chosen == [0, 1]            # 1.26 tokens, as it is of late, and 1.33, as it was in all
+
+
 def test_a_small_difference_is_not_worth_a_switch():
     zero = counts(1, {})
     assert chooser([1.0, 1.78]).choose(zero, 1) == 1      # 1.8 tokens / 1.78: 1 % better than none
@@ -435,7 +448,8 @@ def test_costs_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}x", '{"1": 3}', '{"1": [1, 0]}', '{"1": [1, null]}',
-                                  '{"1": []}', '{"1": ["a"]}', "\xff"])
+                                  '{"1": []}', '{"1": ["a"]}', "\xff", '{"1": [1, NaN, 2]}',
+                                  '{"1": "12"}'])
 def test_a_file_that_holds_no_costs(tmp_path, text):
     (tmp_path / "costs.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="costs.json does not hold times above 0.*bench.py"):
