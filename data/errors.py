@@ -41,4 +41,5 @@ def write_file(path, text, flag):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise UserError(f"could not write {path} ({error}); give another file with {flag}") from None
+        raise UserError(
+            f"could not write {path} ({error}); give another file with {flag}") from None
