@@ -36,7 +36,10 @@ def show(text, **options):
 
 
 def write_file(path, text, flag):
-    """Write a file that the user named with this flag, and make its folder."""
+    """Write a file that the user named with this flag, and make its folder. A picture or table that
+    is there is replaced; anything else is a slip of the hand."""
+    if Path(path).is_file() and Path(path).suffix not in (".svg", ".json", ".jsonl"):
+        raise UserError(f"{path} exists, and is not what {flag} writes: give another file with it")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8", newline="\n")

@@ -28,8 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import UserError, run, writing  # noqa: E402
+from common import UserError, run  # noqa: E402
 from data.download import DOWNLOADS, download  # noqa: E402
+from data.errors import write_file  # noqa: E402
 from data.prepare import STORIES  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -114,10 +115,8 @@ def main():
     text = lzma.decompress(STORIES[1].read_bytes()).decode("utf-8")
     rows = collect(questions, problems, text, args.count)
     rows = [row for row in rows if row["kind"] in wanted]
-    path = Path(args.out)
-    with writing(path):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path}: {len(rows)} prompts, {args.count} of each of {len(wanted)} kinds")
+    write_file(args.out, "".join(json.dumps(row) + "\n" for row in rows), "--out")
+    print(f"{args.out}: {len(rows)} prompts, {args.count} of each of {len(wanted)} kinds")
 
 
 if __name__ == "__main__":

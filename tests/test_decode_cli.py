@@ -64,6 +64,12 @@ def test_the_trace_as_a_picture(toys, monkeypatch, capsys, tmp_path):
 def test_a_picture_that_can_not_be_written_is_one_line(toys, monkeypatch, capsys, tmp_path):
     with pytest.raises(UserError, match="could not write .*give another file with --svg"):
         call(monkeypatch, capsys, toys / "two.pt", "--tokens", 5, "--svg", tmp_path)
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="mine.txt exists, and is not what --svg writes"):
+        call(monkeypatch, capsys, toys / "two.pt", "--tokens", 5, "--svg", tmp_path / "mine.txt")
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "mine"
+    for _ in range(2):
+        call(monkeypatch, capsys, toys / "two.pt", "--tokens", 5, "--svg", tmp_path / "a.svg")
 
 
 def test_a_checkpoint_without_heads_decodes(toys, monkeypatch, capsys):
