@@ -204,7 +204,8 @@ def keep_old(folder):
     generation is kept. best.pt and the log go with it, or they would pass for the new run's"""
     paths = [Path(folder) / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
     if not any(path.exists() for path in paths[:2]):
-        paths[2].unlink(missing_ok=True)       # of a run that saved nothing
+        if paths[2].exists():                  # of a run that saved nothing
+            paths[2].unlink()
         return
     for path in paths:
         old = path.with_name(f"{path.stem}.old{path.suffix}")

@@ -35,7 +35,6 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,7 +44,7 @@ from common import (
     JSON_FLAG, DeviceFlags, UserError, check_flags, flag, load_checkpoint, one_line, parse,
     pick_device, pick_dtype, run,
 )
-from data.errors import show
+from data.errors import show, write_file
 from data.prepare import Tokenizer
 from model import Cache
 
@@ -703,7 +702,7 @@ def svg(rounds):
 # the command line
 
 
-def head_count(text):
+def number_or_auto(text):
     """the type of --heads"""
     return text if text == "auto" else int(text)
 
@@ -716,7 +715,7 @@ class DecodeConfig(DeviceFlags):
     tokens: int = flag(200, "tokens to emit", min=1)
     temperature: float = flag(0.8, "0 is greedy")
     top_k: int = flag(0, "sample among the k most likely tokens only; 0: all")
-    heads: head_count = flag(
+    heads: number_or_auto = flag(
         "", "MTP heads that draft; 0: ordinary decoding; -1: all; auto: as many as pay, chosen "
         "between rounds; empty: auto where there are more than 4, else all", min=-1,
     )
@@ -770,7 +769,7 @@ def main():
     if tracing:
         show(f"\n{tokenizer.decode(prompt)}{text}")
     if cfg.svg:
-        Path(cfg.svg).write_text(svg(rounds), encoding="utf-8")
+        write_file(cfg.svg, svg(rounds), "--svg")
     T = model.config.block_size
     if len(prompt) + len(ids) == T < len(prompt) + cfg.tokens:
         print(f"\nthe context of {T} tokens leaves room for {len(ids)} new ones")

@@ -156,8 +156,8 @@ def comparison(before, after, m, steps, meta):
     """the tables before and after training, and what the new heads bring, as text"""
     first = 1 + sum(before["car"][:m])
     return (f"before training:\n{train.table(before, meta)}\n\n"
-            f"after {steps} steps (heads 1 to {m} are frozen):\n{train.table(after, meta)}\n\n"
-            f"tokens per forward: {first:.2f} with {m} heads, "
+            f"after {steps} steps (the trunk and {m} heads are frozen):\n"
+            f"{train.table(after, meta)}\n\ntokens per forward: {first:.2f} with {m} heads, "
             f"{before['tokens_per_forward']:.2f} before training, "
             f"{after['tokens_per_forward']:.2f} after {steps} steps")
 

@@ -4,6 +4,7 @@ rest of the project.
 """
 import re
 import sys
+from pathlib import Path
 
 # what a terminal obeys, but for line ends and tabs: such characters clear the screen, rename its
 # window, overwrite a line or turn its direction round
@@ -32,3 +33,16 @@ def printable(text, stream=None):
 def show(text, **options):
     """print() for text of unknown origin."""
     print(printable(text), **options)
+
+
+def write_file(path, text, flag):
+    """Write a file that the user named with this flag, and make its folder. A picture or table that
+    is there is replaced; anything else is a slip of the hand."""
+    if Path(path).is_file() and Path(path).suffix not in (".svg", ".json", ".jsonl"):
+        raise UserError(f"{path} exists, and is not what {flag} writes: give another file with it")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(
+            f"could not write {path} ({error}); give another file with {flag}") from None

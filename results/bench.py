@@ -42,7 +42,7 @@ import train  # noqa: E402
 from common import (  # noqa: E402
     JSON_FLAG, DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
 )
-from data.errors import show  # noqa: E402
+from data.errors import show, write_file  # noqa: E402
 from data.reader import read_prompt_rows  # noqa: E402
 from fast.heads import HEAD_COUNTS  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -117,7 +117,7 @@ class CheckConfig(DeviceFlags):
     count: int = flag(8, "prompts", min=1)
     prompt_tokens: int = flag(64, "tokens of a prompt from the validation text", min=1)
     tokens: int = flag(200, "tokens to emit for each prompt", min=1)
-    heads: decode.head_count = flag(-1, "MTP heads that draft, or auto; -1: all", min=-1)
+    heads: decode.number_or_auto = flag(-1, "MTP heads that draft, or auto; -1: all", min=-1)
     draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
 
 
@@ -374,7 +374,7 @@ def head_counts(K, wanted):
     if K == 0:
         return []
     if wanted:
-        counts = split("heads", wanted, decode.head_count)
+        counts = split("heads", wanted, decode.number_or_auto)
         return [k for k in counts if k == "auto" or 0 < k <= K]
     return [k for k in ((1, 2, 3, 4) if K <= 4 else (4, 8, 16, 32)) if k <= K] + ["auto"]
 
@@ -941,7 +941,7 @@ def main_costs(given, paths):
     (checkpoint,) = load(paths, cfg)
     costs = bench_costs(checkpoint, cfg)
     if cfg.out:
-        Path(cfg.out).write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+        write_file(cfg.out, json.dumps(costs, indent=1) + "\n", "--out")
     return costs
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError, run  # noqa: E402
+from data.errors import write_file  # noqa: E402
 
 COLORS = ["#1f4fd8", "#c0392b", "#1a7f37", "#8b2fb0", "#9a6700", "#0b7285"]
 WIDTH, HEIGHT = 420, 260           # of a panel
@@ -153,11 +154,7 @@ def main():
     runs = {str(path): read_log(path) for path in args.runs}
     first = Path(args.runs[0])
     target = Path(args.svg or (first if first.is_dir() else first.parent) / "plot.svg")
-    try:
-        target.write_text(draw(runs), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(
-            f"could not write {target} ({error}); give another file with --svg") from None
+    write_file(target, draw(runs), "--svg")
     print(f"wrote {target}")
 
 

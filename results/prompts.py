@@ -6,8 +6,9 @@ prompts.py: prompts of seven kinds that no model here was trained on, for bench.
     python results/bench.py decode out/smollm2-4/ckpt.pt --prompts out/prompts.jsonl --count 140
 
 Two files are downloaded into data/downloads, 0.75 MB, and checked by sha256 (or place them there by
-hand). A row is {"kind", "text", "chat"}: bench.py puts a text with chat = true into the model's
-chat template, and continues the others as they are.
+hand): the first five kinds need one, code the other, story none. A row is {"kind", "text", "chat"}:
+bench.py puts a text with chat = true into the model's chat template, and continues the others as
+they are.
 
     chat, question, mathematics, translation, summary    Spec-Bench (Xia et al., arXiv 2401.07851):
                MT-bench's first turns, Natural Questions, GSM8K, WMT14 German to English, CNN/Daily
@@ -27,8 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import UserError, run, writing  # noqa: E402
+from common import UserError, run  # noqa: E402
 from data.download import DOWNLOADS, download  # noqa: E402
+from data.errors import write_file  # noqa: E402
 from data.prepare import STORIES  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -103,17 +105,18 @@ def main():
     args = parser.parse_args()
     if args.count < 1:
         raise UserError(f"--count is {args.count}; it must be at least 1")
-    text = lzma.decompress(STORIES[1].read_bytes()).decode("utf-8")
-    rows = collect(json_rows(fetch(SPEC_BENCH)), json_rows(fetch(HUMAN_EVAL)), text, args.count)
-    kinds = {row["kind"] for row in rows}
+    kinds = {*KINDS.values(), "code", "story"}
     wanted = set(args.kinds.split(",")) if args.kinds else kinds
     if wanted - kinds:
         raise UserError(f"--kinds is {args.kinds}; choose from {', '.join(sorted(kinds))}")
+    # what isn't needed is not downloaded
+    questions = json_rows(fetch(SPEC_BENCH)) if wanted & set(KINDS.values()) else []
+    problems = json_rows(fetch(HUMAN_EVAL)) if "code" in wanted else []
+    text = lzma.decompress(STORIES[1].read_bytes()).decode("utf-8")
+    rows = collect(questions, problems, text, args.count)
     rows = [row for row in rows if row["kind"] in wanted]
-    path = Path(args.out)
-    with writing(path):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path}: {len(rows)} prompts, {args.count} of each of {len(wanted)} kinds")
+    write_file(args.out, "".join(json.dumps(row) + "\n" for row in rows), "--out")
+    print(f"{args.out}: {len(rows)} prompts, {args.count} of each of {len(wanted)} kinds")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ EXERCISES = {
         "acceptance: AR and CAR", 30,
         functions=("decode.py::accepted_lengths", "decode.py::rates"),
         twins=("results/bench.py::rates", "results/bench.py::accept_probs",
-               "results/acceptance.py::reach_probs",
+               "results/acceptance.py::reach_probs", "results/entropy.py::curves",
                "tests/test_bench.py::test_acceptance_when_sampling_against_a_slow_loop",
                "tests/test_decode.py::test_acceptance_equals_a_loop_over_positions",
                "tests/test_decode.py::test_the_benchs_acceptance_is_that_of_restricted_heads",
@@ -53,7 +53,8 @@ EXERCISES = {
         "the residual rule", 45,
         functions=("decode.py::residual",),
         twins=("decode.py::speculative_round", "tests/test_decode.py::accepts_by_q",
-               "tests/test_decode.py::emits_from_p")),
+               "tests/test_decode.py::emits_from_p",
+               "tests/test_acceptance.py::slow_rounds")),
     8: Exercise(
         "a whole round, without a cache", 60,
         functions=("decode.py::speculative_round",),

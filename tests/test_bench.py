@@ -526,6 +526,8 @@ def test_costs_are_the_times_of_rounds_in_ordinary_steps(toy, clock, monkeypatch
     assert json.loads(out.read_text(encoding="utf-8")) == want
     assert "takes 500.000 ms, rounds with 0 .. 2 heads 1.00 2.00 3.00 times that" in printed
     assert read_costs(out) == want
+    with pytest.raises(common.UserError, match="could not write .*give another file with --out"):
+        call(monkeypatch, capsys, "costs", toy / "ckpt.pt", "--batch=1", f"--out={toy}")
 
 
 # -----------------------------------------------------------------------------

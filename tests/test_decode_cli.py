@@ -54,11 +54,22 @@ def test_text_and_statistics(toys, monkeypatch, capsys, more):
 
 
 def test_the_trace_as_a_picture(toys, monkeypatch, capsys, tmp_path):
-    flags = ["--prompt", "the", "--tokens", 9, "--svg", tmp_path / "trace.svg", "--json"]
+    flags = ["--prompt", "the", "--tokens", 9, "--svg", tmp_path / "new/trace.svg", "--json"]
     out = call(monkeypatch, capsys, toys / "two.pt", *flags)
-    svg = (tmp_path / "trace.svg").read_text(encoding="utf-8")
+    svg = (tmp_path / "new/trace.svg").read_text(encoding="utf-8")
     forwards = json.loads(out.splitlines()[-1])["forwards"]
     assert svg.startswith("<svg") and svg.count("<text ") == forwards + 1
+
+
+def test_a_picture_that_can_not_be_written_is_one_line(toys, monkeypatch, capsys, tmp_path):
+    with pytest.raises(UserError, match="could not write .*give another file with --svg"):
+        call(monkeypatch, capsys, toys / "two.pt", "--tokens", 5, "--svg", tmp_path)
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="mine.txt exists, and is not what --svg writes"):
+        call(monkeypatch, capsys, toys / "two.pt", "--tokens", 5, "--svg", tmp_path / "mine.txt")
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "mine"
+    for _ in range(2):
+        call(monkeypatch, capsys, toys / "two.pt", "--tokens", 5, "--svg", tmp_path / "a.svg")
 
 
 def test_a_checkpoint_without_heads_decodes(toys, monkeypatch, capsys):
@@ -105,6 +116,12 @@ def test_bad_requests(toys, monkeypatch, capsys, argv, message):
     argv = [toys / a if str(a).endswith(".pt") else a for a in argv]
     with pytest.raises(UserError, match=message):
         call(monkeypatch, capsys, *argv)
+
+
+def test_heads_that_are_no_number(toys, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, capsys, toys / "two.pt", "--heads", "four")
+    assert "--heads: invalid number_or_auto value: 'four'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--check", "--bench"])

@@ -70,3 +70,12 @@ def test_a_users_error_is_one_line(text, tmp_path, monkeypatch, script, argv, me
         run(monkeypatch, script, *before, argv)
     assert isinstance(caught.value.code, str) and "\n" not in caught.value.code.strip()
     assert not (tmp_path / "out/ckpt.pt").exists()
+
+
+def test_an_out_that_is_a_file_is_one_line_and_the_file_stays(text, tmp_path, monkeypatch):
+    out = tmp_path / "mine"
+    out.write_text("mine", encoding="utf-8")
+    for folder in (out, out / "new"):
+        with pytest.raises(SystemExit, match="could not write .*choose another folder with --out"):
+            run(monkeypatch, train, f"--data={text}", *TOY, f"--out={folder}")
+    assert out.read_text(encoding="utf-8") == "mine"

@@ -164,7 +164,7 @@ def test_no_steps_is_only_the_copy(base, tmp_path, monkeypatch, capsys):
     assert all(map(torch.equal, weights(model).values(), weights(loop_heads(old, 5)).values()))
     assert result["before"] == result["after"] and len(result["after"]["car"]) == 5
     assert meta["step"] == 0 and meta["tokenizer"] == first["tokenizer"]
-    assert "[1, 2, 1]" in out and "heads 1 to 2 are frozen" in out
+    assert "[1, 2, 1]" in out and "the trunk and 2 heads are frozen" in out
     car = result["before"]["car"]
     now = f"{1 + sum(car):.2f}"
     assert f"{1 + sum(car[:2]):.2f} with 2 heads, {now} before training, {now} after 0 steps" in out

@@ -78,7 +78,7 @@ def test_what_can_not_be_drawn_is_said(tmp_path, monkeypatch):
     for arguments, found in [
         ([tmp_path / "none"], "there is no log at"), ([empty], "has no rows yet"),
         ([empty] * 7, "got 7 runs; one picture shows 6"),
-        ([full, "--svg", tmp_path / "no/such.svg"], "could not write"),
+        ([full, "--svg", tmp_path], "could not write"),
     ]:
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
         with pytest.raises(UserError, match=found):

@@ -48,16 +48,26 @@ def test_downloads_are_checked_and_unpacked(tmp_path, monkeypatch):
 
 
 def test_only_the_kinds_that_were_asked_for(tmp_path, monkeypatch):
+    """and only the files that these need"""
     lines = {prompts.SPEC_BENCH: QUESTIONS, prompts.HUMAN_EVAL: PROBLEMS}
-    monkeypatch.setattr(
-        prompts, "fetch", lambda url: "\n".join(map(json.dumps, lines[url])).encode()
-    )
+    fetched = []
+
+    def fetch(url):
+        fetched.append(url)
+        return "\n".join(map(json.dumps, lines[url])).encode()
+    monkeypatch.setattr(prompts, "fetch", fetch)
     out = tmp_path / "code.jsonl"
     argv = ["prompts.py", "--count", "3", "--out", str(out), "--kinds"]
     monkeypatch.setattr(sys, "argv", [*argv, "story,code"])
     prompts.main()
     kinds = [json.loads(line)["kind"] for line in out.read_text(encoding="utf-8").splitlines()]
     assert kinds == ["code"] * 3 + ["story"] * 3
+    assert fetched == [prompts.HUMAN_EVAL]
+    for kinds, needed in (("story", []), ("summary,chat", [prompts.SPEC_BENCH])):
+        fetched.clear()
+        monkeypatch.setattr(sys, "argv", [*argv, kinds])
+        prompts.main()
+        assert fetched == needed
     monkeypatch.setattr(sys, "argv", [*argv, "cod"])
     with pytest.raises(UserError, match="--kinds is cod; choose from chat, code"):
         prompts.main()
