@@ -651,7 +651,7 @@ def new_model(cfg, vocab_size):
 
 NEXT = """next:
   python decode.py {ckpt} --trace            who drafted each token
-  python extend.py {ckpt} --heads {heads}        more heads, copied from these
+  python extend.py {ckpt} --heads {heads}          more heads, copied from these
   python results/bench.py decode {ckpt}      how much faster?"""
 
 
