@@ -17,7 +17,8 @@ class UserError(ValueError):
     its traceback."""
 
     def __str__(self):
-        return super().__str__().replace("\n", "\\n")  # of a file's name, or another program's error
+        # of a file's name, or another program's error
+        return super().__str__().replace("\n", "\\n")
 
 
 def printable(text, stream=None):
