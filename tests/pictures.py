@@ -49,7 +49,7 @@ def label(picture, y, text, more=""):
 
 def round_picture():
     """one round with K = 3: tokens, drafts, rows of verify, what is emitted and rebuilt"""
-    p = Picture(830, 520)
+    p = Picture(850, 520)
     left, step, wide = 220, 84, 76
 
     def x(offset):                                 # the column of position n + offset
