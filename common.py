@@ -182,14 +182,14 @@ def save_checkpoint(path, model, **meta):
 def start_log(cfg, model, meta, start):
     """the header line of a run from step `start`: what runs, on what; meta is the dataset's"""
     cpu = f"cpu, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if model.weight.is_cuda else cpu
     path = Path(cfg.out) / "log.jsonl"
     if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write("\n")                   # after half a line: the disk was full
     append_row(cfg.out, config=dataclasses.asdict(cfg), model=dataclasses.asdict(model.config),
                parameters=model.count_parameters(), start=start, commit=git_commit(),
-               torch=torch.__version__, device=device, data_sha256=meta["sha256"])
+               torch=torch.__version__, data_sha256=meta["sha256"],
+               device=torch.cuda.get_device_name() if model.weight.is_cuda else cpu)
 
 
 def append_row(folder, **row):

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    JSON_FLAG, DeviceFlags, UserError, check_flags, flag, load_checkpoint, one_line, parse,
+    JSON_FLAG, DeviceFlags, UserError, check_flags, flag, load_checkpoint, parse,
     pick_device, pick_dtype, run,
 )
 from data.errors import show, write_file
@@ -547,7 +547,7 @@ def make_decoder(model, *args, fast="auto", **options):
             except Exception as error:                    # a compiler has many ways to fail
                 if fast == "on" or isinstance(error, torch.OutOfMemoryError):
                     raise
-                why = f"the fast path failed: {one_line(error)}"
+                why = f"the fast path failed: {type(error).__name__}: {error}".splitlines()[0]
         elif fast == "on":
             raise UserError(f"the fast path can't run here: {why}; use auto or off")
     decoder = Decoder(model, *args, **options)

@@ -32,7 +32,7 @@ from model import Positions
 if triton is not None:
     import triton.language as tl
 
-MAX_ROWS = 128  # from here on, a library's matrix product is the faster one
+MAX_ROWS = 32  # from here on, a library's matrix product is the faster one
 
 
 def unsupported(model):

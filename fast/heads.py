@@ -25,6 +25,7 @@ FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as w
 class HeadChoice:
     """
     costs   (K+1,) times of a round with 0 .. K heads, in any unit; inf: never chosen
+    memory  forwards that are remembered, about
     past    (K+1, K+1) the part of all counts that has been forgotten, or 0
     """
 
