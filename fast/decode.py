@@ -130,8 +130,8 @@ class FastModel:
 
 class FastDecoder(Decoder):
     """decode.Decoder on a FastModel: the small operations around the kernels are compiled, and a
-    round is replayed as a CUDA graph, one for each number of heads. The random numbers are drawn
-    outside of it: one seed gives the same ones as in the plain Decoder"""
+    round is replayed as a CUDA graph, one for each number of heads. One seed gives the same random
+    numbers as in the plain Decoder"""
 
     why = "the fast path (Triton kernels in a CUDA graph)"
 
@@ -155,28 +155,27 @@ class FastDecoder(Decoder):
         self.k = -1
         for k in sorted(counts):
             self.use(k)
-            replay = capture(super().advance)
-            self.graphs[k] = (replay, self.noise, self.drafts)
+            replay = capture(super().round, self.generator)
+            self.graphs[k] = (replay, self.drafts)
 
     def draft_width(self):
         """16 rows in all cost as much as one: heads rarely lack more when another k is used"""
         return max(self.k + 1, 16 // len(self.n))
 
-    def use(self, k):
-        super().use(k)
-        if k in self.graphs:                              # it reads the numbers of its capture
-            self.noise = self.graphs[k][1]
-
-    def advance(self):
+    def round(self):
         if not self.graphs:
-            return super().advance()
-        replay, _, self.drafts = self.graphs[self.k]
+            return super().round()
+        replay, self.drafts = self.graphs[self.k]
         replay()
 
 
 @torch.no_grad()
-def capture(function):
-    """record the kernels of one call, to be replayed by one launch -> the replay"""
+def capture(function, generator=None):
+    """record the kernels of one call, to be replayed by one launch -> the replay. `generator`, from
+    which it draws (None: the default one), is left as it was; each replay moves it on"""
+    if generator is None:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.get_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -184,8 +183,10 @@ def capture(function):
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         function()
+    generator.set_state(before)
     return graph.replay
 
 
