@@ -20,11 +20,12 @@ Shapes in comments: B sequences, T new tokens of each, S cache slots, M = B T ro
 """
 
 import functools
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from decode import Decoder
+from decode import PREFILL, Decoder
 from fast.heads import HEAD_COUNTS
 from fast.loss import interpreted, triton, triton_version
 from model import Positions
@@ -143,6 +144,7 @@ class FastDecoder(Decoder):
             for k in set(range(self.heads)) - counts:
                 self.auto.costs[k] = float("inf")
         self.graphs = {}
+        self.rebuilds = {}
         if not self.n.is_cuda:                            # in tests
             return
         # every Decoder is another function to torch.compile
@@ -157,10 +159,20 @@ class FastDecoder(Decoder):
             self.use(k)
             replay = capture(super().round, self.generator)
             self.graphs[k] = (replay, self.drafts)
+        if self.auto:
+            for j in range(1, self.heads + 1):
+                self.rebuilds[j] = capture(partial(super().rebuild, [j], PREFILL))
 
     def draft_width(self):
         """16 rows in all cost as much as one: heads rarely lack more when another k is used"""
         return max(self.k + 1, 16 // len(self.n))
+
+    def rebuild(self, parts, rows):
+        """Decoder.rebuild; what a head lacks is a graph, too, where PREFILL rows are enough"""
+        if rows > PREFILL or not self.rebuilds.keys() >= set(parts):
+            return super().rebuild(parts, rows)
+        for j in parts:
+            self.rebuilds[j]()
 
     def round(self):
         if not self.graphs:

@@ -14,9 +14,11 @@ import numpy as np
 from data.errors import UserError
 
 MEMORY = 64       # forwards that are remembered, or 4 of each sequence: older ones weigh less
-PRIOR = 0.8       # AR of heads of which nothing is known yet,
-PRIOR_DRAFTS = 8  # as if so many drafts had shown it
-SWITCH = 0.02     # another number of heads must be so much better, for its caches are to be filled
+PRIOR = 0.8       # AR before anything is known,
+PRIOR_DRAFTS = 32  # as if so many drafts had shown it
+HEAD_DRAFTS = 8   # a head is taken for as good as all are together, as if so many of its drafts had
+                  # shown it
+SWITCH = 0.05     # another number of heads must be so much better, for its caches are to be filled
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as with one
@@ -53,9 +55,9 @@ class HeadChoice:
         reached = recent.sum(0)[::-1].cumsum()[::-1]               # [k]: k drafts or more accepted
         judged = (reached - recent.diagonal())[:-1]                # of them, where head k+1 drafted
         kept = reached[1:]
-        # a head that has not run for long is as good as those that have
-        prior = (kept.sum() + PRIOR_DRAFTS * PRIOR) / (judged.sum() + PRIOR_DRAFTS)
-        ar = (kept + PRIOR_DRAFTS * prior) / (judged + PRIOR_DRAFTS)
+        together = (kept.sum() + PRIOR_DRAFTS * PRIOR) / (judged.sum() + PRIOR_DRAFTS)
+        # one that has not run for long is as good as those that have
+        ar = (kept + HEAD_DRAFTS * together) / (judged + HEAD_DRAFTS)
         tokens = np.append(1, 1 + ar.cumprod().cumsum())
         speed = tokens / self.costs
         if now >= 0:

@@ -286,18 +286,19 @@ def test_one_seed_is_one_text_with_and_without_the_fast_path(heads, temperature,
 def test_changing_numbers_of_heads_are_those_of_the_plain_decoder(rule, monkeypatch):
     """heads sit out and come back; on a GPU each number has a graph of its own"""
     gpt, results = toy(block_size=40), []
+    tokens = 9 if DEVICE == "cpu" else 30                 # a GPU changes every 8 rounds
     for path in ("on", "off"):
         ks = iter([0, 2, 0, 1, 2] * 9)
         monkeypatch.setattr(fast.heads.HeadChoice, "choose", lambda *args: next(ks))
         generator = torch.Generator(DEVICE).manual_seed(1)
         drafts = []
         text, stats = decode.generate(
-            gpt, [[1, 2, 3], [4]], 9, heads="auto", temperature=1.0, accept=rule, fast=path,
+            gpt, [[1, 2, 3], [4]], tokens, heads="auto", temperature=1.0, accept=rule, fast=path,
             generator=generator, watch=lambda decoder: drafts.append(decoder.n.tolist()),
         )
         results.append((text, stats.drafted, stats.accepted, drafts))
     assert results[0] == results[1]
-    assert sum(count > 0 for count in results[0][1]) > 1              # a GPU seldom changes
+    assert sum(count > 0 for count in results[0][1]) > 1
 
 
 @pytest.mark.parametrize("B, ks", [(1, [2, 1] + [0] * 18 + [2, 2]),
