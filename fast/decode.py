@@ -33,7 +33,7 @@ from model import Positions
 if triton is not None:
     import triton.language as tl
 
-MAX_ROWS = 32  # from here on, a library's matrix product is the faster one
+MAX_ROWS = 128  # with more, a library's matrix product is used
 
 
 def unsupported(model):
@@ -242,7 +242,8 @@ def linear(
     strides = [slots_of(x, rows), slots_of(x2, rows2), slots_of(copy_to, copy_rows)]
     out = x.new_empty(*shape, N)
     BN, BK, warps, stages = tiles(N, K, second is not None)
-    skinny_matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, 16))](
+    # programs that read the same weights are neighbours: these travel once
+    skinny_matmul_kernel[(triton.cdiv(M, 16), triton.cdiv(N, BN))](
         *tensors, out, copy_to, copy_rows, M, N, shape[-1], *strides,
         K=K, ACTIVATION=activation, EPS=eps, BN=BN, BK=min(BK, triton.next_power_of_2(K)),
         num_warps=warps, num_stages=stages if x.element_size() == 2 else 2, **pdl_options(),
@@ -375,8 +376,8 @@ if triton is not None:
         the weights once"""
         if PDL:
             tl.extra.cuda.gdc_wait()
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        m = tl.program_id(1) * 16 + tl.arange(0, 16)
+        m = tl.program_id(0) * 16 + tl.arange(0, 16)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
         valid = (m < M)[:, None] & (n < N)[None, :]
         y = tl.zeros((16, BN), tl.float32)
         square = tl.zeros((16, BK), tl.float32)

@@ -21,7 +21,8 @@ HEAD_DRAFTS = 8   # a head is taken for as good as all are together, as if so ma
 SWITCH = 0.05     # another number of heads must be so much better, for its caches are to be filled
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
-FREE_ROWS = 32    # with so many rows, a matrix product still takes as long as with one
+FREE_ROWS = 16    # with so many rows, a matrix product takes as long as with one,
+DOUBLE_ROWS = 200  # with so many more twice as long (24 layers of 384 on an H100)
 
 
 class HeadChoice:
@@ -67,7 +68,7 @@ class HeadChoice:
 
 def round_costs(model, batch, draft_vocab=None):
     """times of a round with 0 .. K heads in ordinary steps, as its weights suggest: to read them
-    once is what takes time, however many rows they are multiplied with, up to FREE_ROWS"""
+    once is what takes time, and every row after FREE_ROWS takes a little more"""
     K = model.config.n_mtp
     sizes = model.count_parameters()
     main = sizes["trunk"] + sizes["embedding"]
@@ -75,8 +76,8 @@ def round_costs(model, batch, draft_vocab=None):
     costs = []
     for k in range(K + 1):
         rows = batch * (k + 1)
-        costs.append((main + k * head) / main * max(1, rows / FREE_ROWS))
-    return costs
+        costs.append((main + k * head) * (1 + max(0, rows - FREE_ROWS) / DOUBLE_ROWS))
+    return [cost / costs[0] for cost in costs]
 
 
 def read_costs(path):
