@@ -20,6 +20,7 @@ Shapes in comments: B sequences, T new tokens of each, S cache slots, M = B T ro
 """
 
 import functools
+import gc
 from functools import partial
 
 import torch
@@ -196,9 +197,15 @@ def capture(function, generator=None):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        function()
-    generator.set_state(before)
+    collecting = gc.isenabled()
+    gc.disable()                     # to free an earlier Decoder's graphs would spoil the recording
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    finally:
+        if collecting:
+            gc.enable()
+        generator.set_state(before)
     return graph.replay
 
 

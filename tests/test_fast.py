@@ -1,5 +1,6 @@
 """fast/ against distill.py and decode.py: on a GPU as it is; without one, by Triton's
 interpreter (conftest.py asks for it)."""
+import gc
 import os
 import subprocess
 import sys
@@ -395,6 +396,19 @@ def test_auto_falls_back_and_on_does_not(monkeypatch):
     assert fast.decode.unsupported(gpt) == "needs Triton 3.5 or later, found Triton 3.4.1"
     with pytest.raises(decode.UserError, match="fast is 'maybe'"):
         decode.make_decoder(gpt, 1, 8, 1, fast="maybe")
+
+
+@on_a_gpu
+def test_what_a_decoder_leaves_behind_is_not_freed_while_another_one_is_recorded():
+    """the garbage collector would come in the middle of it"""
+    gpt = toy(block_size=40)
+    limits = gc.get_threshold()
+    gc.set_threshold(20, 1, 1)
+    try:
+        texts = [decode.generate(gpt, [[1, 2]], 9, heads="auto", fast="on")[0] for _ in range(4)]
+    finally:
+        gc.set_threshold(*limits)
+    assert texts == texts[:1] * 4 and gc.isenabled()
 
 
 @on_a_gpu
