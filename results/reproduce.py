@@ -693,6 +693,8 @@ def extend_pretrained(source, heads, out, labels, flags):
     checking = ["results/bench.py", "check", f"{out}/ckpt.pt", "--count", "64", *options]
     return (name, "pretrained", training, labels), [
         (f"speed {name}", "pretrained", decoding, labels),
+        (f"speed {name}, drafting among 8,192 ids", "pretrained",
+         [*decoding, "--draft_vocab", "8192"], labels),
         (f"check {name}", "pretrained", checking, labels)]
 
 
