@@ -750,11 +750,13 @@ def cost_figure(plt, rows):
 
 
 def paper_figure(plt, rows):
-    """over a model with one head, by the number of heads: tokens per forward after pieces of the
-    validation text, and the clock after problems of another source"""
+    """over a model with one head, by the number of heads: tokens per forward and the clock, after
+    problems of another source (the former else after validation text)"""
     unit = in_papers_unit(rows)
-    columns = unit.get("python deep", {})
     clocks = unit.get("python deep, unseen code", {})
+    columns, text = clocks, "; unseen code"
+    if not any(clocks.get(kind) for kind in OWN_TEXT):
+        columns, text = unit.get("python deep", {}), ""
     if not any([*columns.values(), *clocks.values()]):
         return None
     fig, (left, right) = canvas(plt, 2)
@@ -770,7 +772,7 @@ def paper_figure(plt, rows):
     ):
         range_line(right, clocks.get(("clock", name), {}), "MTP-D", LINES[kind],
                    f"MTP-D, {label}")
-    left.set(title="tokens per forward, over 1-head MTP")
+    left.set(title=f"tokens per forward, over 1-head MTP{text}")
     right.set(title="tokens per second, over 1-head MTP; unseen code")
     top = max(ax.get_ylim()[1] for ax in (left, right))
     for ax in (left, right):
