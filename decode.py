@@ -102,13 +102,13 @@ class Noise(NamedTuple):
 
 
 def make_noise(rule, B, K, like):
-    """-> Noise that numbers.exponential_() has yet to fill. `like` is the output head (V, d), which
+    """-> Noise of zeros: numbers.exponential_() fills it. `like` is the output head (V, d), which
     gives V, the device and the dtype"""
     V = len(like)
     to_draft = 0 if rule == "point" else K * V
     to_accept = 0 if rule == "match" else K
     dtype = torch.promote_types(like.dtype, torch.float32)
-    numbers = like.new_empty(B, to_draft + to_accept + V, dtype=dtype)
+    numbers = like.new_zeros(B, to_draft + to_accept + V, dtype=dtype)
     draft, accept, emit = numbers.split([to_draft, to_accept, V], dim=1)
     return Noise(numbers, draft.unflatten(1, (-1, V)), accept, emit)
 
@@ -372,6 +372,7 @@ class Decoder:
         self.width = self.draft_width()
         # with one-hot p and q the three rules are one; without heads there is nothing to reject
         self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
+        self.noise = make_noise(self.rule, len(self.n), k, self.model.weight)
         # rows that head j lacks; finished sequences need none
         rows = ((self.n - self.right) * (self.n < self.limit)).amax(1).tolist()
         lacking = [j for j in range(1, k + 1) if rows[j] > self.width]
@@ -391,12 +392,14 @@ class Decoder:
         if k != self.k:
             self.use(k)
 
-    @torch.no_grad()
     def round(self):
         """draw the random numbers, then draft, verify and accept"""
-        self.noise = make_noise(self.rule, len(self.n), self.k, self.model.weight)
         if self.temperature > 0:
             self.noise.numbers.exponential_(generator=self.generator)
+        self.advance()
+
+    @torch.no_grad()
+    def advance(self):
         draft_probs = self.draft() if self.k else None
         at, tokens, logits = self.verify()
         self.drafts = tokens[:, 1:]

@@ -66,6 +66,7 @@ class FastModel:
         self.model = model
         self.config = model.config
         self.eps = model.config.norm_eps
+        self.rope = model.rope  # recorded graphs read this one; model.to() makes another
         # new tokens that attention_kernel has room for: those of any round of this model, with
         # however many heads. One number per model: another tile may be summed in another order
         self.tile = 16
@@ -83,7 +84,7 @@ class FastModel:
         """as GPT.positions; for few tokens without a mask, and with the angles of all positions"""
         if pos.size(1) > self.tile:
             return self.model.positions(cache, pos)
-        return Positions(cache.row, pos, None, self.model.rope)
+        return Positions(cache.row, pos, None, self.rope)
 
     def block(self, block, x, kv, positions, copy=None):
         """model.Block.forward; the result also goes into `copy`, see linear()"""
@@ -132,8 +133,8 @@ class FastModel:
 
 class FastDecoder(Decoder):
     """decode.Decoder on a FastModel: the small operations around the kernels are compiled, and a
-    round is replayed as a CUDA graph, one for each number of heads. One seed gives the same random
-    numbers as in the plain Decoder"""
+    round is replayed as a CUDA graph, one for each number of heads. The random numbers are drawn
+    outside of it: one seed gives the same ones as in the plain Decoder, while as many heads run"""
 
     why = "the fast path (Triton kernels in a CUDA graph)"
 
@@ -154,19 +155,25 @@ class FastDecoder(Decoder):
         self.window = torch.compile(self.window, dynamic=False)
         self.propose = torch.compile(self.propose, dynamic=False)
         self.accept = torch.compile(self.accept, dynamic=False)
+        pool = torch.cuda.graph_pool_handle()             # one memory: the graphs run in turns
         # a capture runs rounds, so all of them precede the prefill
         self.k = -1
         for k in sorted(counts):
             self.use(k)
-            replay = capture(super().round, self.generator)
-            self.graphs[k] = (replay, self.drafts)
+            replay = capture(super().advance, pool)
+            self.graphs[k] = (replay, self.noise, self.drafts)
         if self.auto:
             for j in range(1, self.heads + 1):
-                self.rebuilds[j] = capture(partial(super().rebuild, [j], PREFILL))
+                self.rebuilds[j] = capture(partial(super().rebuild, [j], PREFILL), pool)
 
     def draft_width(self):
         """16 rows in all cost as much as one: heads rarely lack more when another k is used"""
         return max(self.k + 1, 16 // len(self.n))
+
+    def use(self, k):
+        super().use(k)
+        if k in self.graphs:                              # it reads the numbers of its capture
+            self.noise = self.graphs[k][1]
 
     def rebuild(self, parts, rows):
         """Decoder.rebuild; what a head lacks is a graph, too, where PREFILL rows are enough"""
@@ -175,37 +182,38 @@ class FastDecoder(Decoder):
         for j in parts:
             self.rebuilds[j]()
 
-    def round(self):
+    def advance(self):
         if not self.graphs:
-            return super().round()
-        replay, self.drafts = self.graphs[self.k]
+            return super().advance()
+        replay, _, self.drafts = self.graphs[self.k]
         replay()
 
 
+@functools.cache
+def recording_stream(device):
+    """one for all recordings: PyTorch keeps memory for each stream"""
+    return torch.cuda.Stream(device)
+
+
 @torch.no_grad()
-def capture(function, generator=None):
-    """record the kernels of one call, to be replayed by one launch -> the replay. `generator`, from
-    which it draws (None: the default one), is left as it was; each replay moves it on"""
-    if generator is None:
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    before = generator.get_state()
-    stream = torch.cuda.Stream()
+def capture(function, pool=None):
+    """record the kernels of one call, to be replayed by one launch -> the replay. Recordings may
+    share a memory pool if they never run at the same time"""
+    stream = recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):                                # compile, and allocate what stays
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
     collecting = gc.isenabled()
     gc.disable()                     # to free an earlier Decoder's graphs would spoil the recording
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             function()
     finally:
         if collecting:
             gc.enable()
-        generator.set_state(before)
     return graph.replay
 
 

@@ -333,6 +333,15 @@ def test_drafts_are_those_of_the_plain_decoder_after_a_pause(B, ks, monkeypatch)
         assert (fast.decode.FastDecoder, [1, 2]) in rebuilt
 
 
+def test_a_model_that_is_moved_leaves_the_angles_that_recorded_kernels_read():
+    gpt = toy()
+    wrapped = fast.decode.FastModel(gpt)
+    gpt.to(DEVICE)                                        # makes another table of angles
+    assert wrapped.rope is not gpt.rope and torch.equal(wrapped.rope, gpt.rope)
+    cache = model.Cache(gpt, 1, 8, 2)
+    assert wrapped.positions(cache, torch.zeros(1, 1, dtype=torch.long)).rope is wrapped.rope
+
+
 def test_auto_chooses_among_the_numbers_that_have_a_graph():
     gpt = toy(n_mtp=11, block_size=40)
     decoder = decode.make_decoder(gpt, 1, 30, "auto", fast="on")
