@@ -88,7 +88,13 @@ def test_links_lead_somewhere(path):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert links
     for link in links:
-        assert (ROOT / path).parent.joinpath(link).exists(), link
+        file, _, anchor = link.partition("#")
+        target = (ROOT / path).parent / file if file else ROOT / path
+        assert target.exists(), link
+        if anchor:                             # as GitHub makes them from headings
+            titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert anchor in names, link
 
 
 def test_commands_name_flags_that_exist(readme):
