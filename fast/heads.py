@@ -13,15 +13,14 @@ import numpy as np
 
 from data.errors import UserError
 
-MEMORY = 64       # forwards that are remembered, or 4 of each sequence: older ones weigh less
-PRIOR = 0.8       # AR before anything is known,
+MEMORY = 64        # forwards that are remembered, or 4 of each sequence: older ones weigh less
+PRIOR = 0.8        # AR before anything is known,
 PRIOR_DRAFTS = 32  # as if so many drafts had shown it
-HEAD_DRAFTS = 8   # a head is taken for as good as all are together, as if so many of its drafts had
-                  # shown it
-SWITCH = 0.05     # another number of heads must be so much better, for its caches are to be filled
+HEAD_DRAFTS = 8    # a head counts as good as all are together, as if so many of its drafts said so
+SWITCH = 0.05      # another number of heads must be so much better, for its caches are to be filled
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
-FREE_ROWS = 16    # with so many rows, a matrix product takes as long as with one,
+FREE_ROWS = 16     # with so many rows, a matrix product takes as long as with one,
 DOUBLE_ROWS = 200  # with so many more twice as long (24 layers of 384 on an H100)
 
 

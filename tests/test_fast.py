@@ -160,7 +160,7 @@ def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.mark.parametrize("many", [32, 0])
+@pytest.mark.parametrize("many", [fast.decode.MAX_ROWS, 0])
 @pytest.mark.parametrize("T, d_in, d_out, norm, activation, residual", [
     (1, 40, 24, False, None, False),
     (5, 40, 24, True, None, False),
@@ -168,6 +168,7 @@ def rand(*shape, seed=0):
     (17, 40, 8, False, None, True),
     (5, 40, 24, True, "swiglu", False),
     (18, 24, 9, False, "swiglu", False),
+    (100, 24, 40, True, None, True),
 ])
 def test_linear_is_torchs(T, d_in, d_out, norm, activation, residual, many, monkeypatch):
     # 0: the path for many rows, by torch
@@ -185,7 +186,7 @@ def test_linear_is_torchs(T, d_in, d_out, norm, activation, residual, many, monk
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("many", [32, 0])
+@pytest.mark.parametrize("many", [fast.decode.MAX_ROWS, 0])
 def test_linear_takes_rows_of_a_cache_and_of_a_table(many, monkeypatch):
     # 0: the path for many rows, by torch
     monkeypatch.setattr(fast.decode, "MAX_ROWS", many)
@@ -216,11 +217,11 @@ on_a_gpu = pytest.mark.skipif(
 
 @on_a_gpu
 def test_a_row_is_the_same_to_the_last_bit_whatever_is_beside_it():
-    x = rand(1, 18, 40).bfloat16()
+    x = rand(1, 100, 40).bfloat16()
     weight = rand(24, 40, seed=1).bfloat16()
     g = rand(40, seed=2).bfloat16()
     together = fast.decode.linear(x, weight, norm=g)
-    for rows in (slice(0, 1), slice(3, 8), slice(15, 18)):
+    for rows in (slice(0, 1), slice(3, 8), slice(15, 18), slice(50, 100)):
         assert torch.equal(fast.decode.linear(x[:, rows], weight, norm=g), together[:, rows])
     gpt = model.GPT(model.GPTConfig(n_embd=32, n_head=2)).to(DEVICE)
     qkv, pos = rand(1, 5, 96, seed=4).bfloat16(), torch.arange(200, 205, device=DEVICE)[None]
