@@ -220,7 +220,7 @@ def accepted_lengths(choices):
     all are 0"""
     K = len(choices) - 1
     n = choices[0].size(1) - K
-    ok = [choices[k][:, :n] == choices[0][:, k : k + n] for k in range(K + 1)]
+    ok = [choice[:, :n] == choices[0][:, k : k + n] for k, choice in enumerate(choices)]
     return num_accepted(torch.stack(ok, dim=1)) - 1       # k = 0 is equal to itself: not a draft
 
 
@@ -266,7 +266,7 @@ class Decoder:
 
     model   does the steps: a GPT, or fast.decode's wrapper of one
     heads   the largest number of heads that a round may run, K;  k  how many run now, see use
-    width   rows that each of the k heads runs over in a round
+    width   rows that each of the k heads runs over in a round: k+1 (see draft), or least_width
     buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
     n       (B,) position of the last known token
     limit   (B,) the largest n may become; a sequence with n = limit is finished, rounds leave it
@@ -277,6 +277,7 @@ class Decoder:
     """
 
     why = "plain PyTorch"
+    least_width = 1
 
     def __init__(
         self, model, batch, length, heads=None, temperature=0.0, top_k=None, accept="residual",
@@ -344,7 +345,7 @@ class Decoder:
         self.accepted.zero_()
         self.right.zero_()
         self.k = -1                                       # not even 0: no head has read anything
-        self.choose()
+        self.choose(max_new_tokens)
 
     def rebuild(self, parts, rows):
         """run the trunk (0) or heads (by number) over the last `rows` rows, PREFILL at a time. In
@@ -369,7 +370,7 @@ class Decoder:
         Rounds lie between two calls"""
         self.right[: self.k + 1] = self.n - self.k - 1    # the next round would rebuild the rest
         self.k = k
-        self.width = self.draft_width()
+        self.width = max(k + 1, self.least_width)
         # with one-hot p and q the three rules are one; without heads there is nothing to reject
         self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
         self.noise = make_noise(self.rule, len(self.n), k, self.model.weight)
@@ -379,16 +380,13 @@ class Decoder:
         if lacking:                                       # the last one lacks most
             self.rebuild(range(lacking[0], k + 1), rows[k])
 
-    def draft_width(self):
-        """rows that each head runs over in a round, K+1 at least: see draft"""
-        return self.k + 1
-
-    def choose(self):
-        """use all heads, or with heads="auto" as many as pay. That depends on past rounds alone,
-        not on the drafts to come: so the distribution of the output stays the same"""
+    def choose(self, left):
+        """use all heads, or with heads="auto" as many as pay where so many tokens are left. That
+        depends on past rounds alone, not on the drafts to come: so the distribution of the output
+        stays the same"""
         k = self.heads
         if self.auto:
-            k = self.auto.choose(self.accepted.tolist(), self.k)
+            k = self.auto.choose(self.accepted, self.k, left)
         if k != self.k:
             self.use(k)
 
@@ -403,7 +401,7 @@ class Decoder:
         draft_probs = self.draft() if self.k else None
         at, tokens, logits = self.verify()
         self.drafts = tokens[:, 1:]
-        self.accept(logits, at, tokens, draft_probs)
+        self.accept(logits, at, self.drafts, draft_probs)
 
     def window(self, first, last):
         """the places n + first .. n + last, (B, T), and the tokens there"""
@@ -455,9 +453,8 @@ class Decoder:
         hidden = self.model.trunk_step(tokens, self.cache, positions)
         return at, tokens, self.model.logits(0, hidden)
 
-    def accept(self, logits, at, tokens, draft_probs):
-        """apply the accept rule, emit tokens, count them"""
-        drafts = tokens[:, 1:]                            # (B, K)
+    def accept(self, logits, at, drafts, draft_probs):
+        """apply the accept rule to drafts (B, K), emit tokens, count them"""
         if self.temperature == 0:
             choices = argmax(logits)                      # (B, K+1): `match` with one-hot p
             accepted = num_accepted(choices[:, :-1] == drafts)
@@ -480,8 +477,11 @@ class Decoder:
         self.n += count
 
     def remaining(self):
-        """a lower bound on the remaining rounds (synchronises with the device)"""
-        left = int((self.limit - self.n).max())
+        """how many tokens are left, at most (synchronises with the device)"""
+        return int((self.limit - self.n).max())
+
+    def rounds(self, left):
+        """so many rounds at least follow, if so many tokens are left"""
         rounds = -(-left // (self.k + 1))
         if self.auto or self.stop_token is not None:       # a look at a GPU costs about a round
             rounds = min(rounds, 8 if self.n.is_cuda else 1)
@@ -592,15 +592,15 @@ def generate(
 def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     """decode with a Decoder that was made for such a batch (it can serve again)"""
     decoder.prefill(prompts, max_new_tokens)
-    rounds = decoder.remaining()                          # waits until the prefill is done
+    left = decoder.remaining()                            # waits until the prefill is done
     start = time.perf_counter()
-    while rounds > 0:                                     # negative: a prompt too long for it
-        for _ in range(rounds):
+    while left > 0:                                       # negative: a prompt too long for it
+        for _ in range(decoder.rounds(left)):
             if watch:
                 watch(decoder)
             decoder.round()
-        decoder.choose()
-        rounds = decoder.remaining()
+        left = decoder.remaining()
+        decoder.choose(left)
     seconds = time.perf_counter() - start
     if watch:
         watch(decoder)

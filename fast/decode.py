@@ -140,6 +140,8 @@ class FastDecoder(Decoder):
 
     def __init__(self, model, *args, **options):
         super().__init__(FastModel(model), *args, **options)
+        # 16 rows in all cost as much as one: heads rarely lack more when another k is used
+        self.least_width = 16 // len(self.n)
         counts = {self.heads}
         if self.auto:
             counts.update(k for k in HEAD_COUNTS if k < self.heads)
@@ -165,10 +167,6 @@ class FastDecoder(Decoder):
         if self.auto:
             for j in range(1, self.heads + 1):
                 self.rebuilds[j] = capture(partial(super().rebuild, [j], PREFILL), pool)
-
-    def draft_width(self):
-        """16 rows in all cost as much as one: heads rarely lack more when another k is used"""
-        return max(self.k + 1, 16 // len(self.n))
 
     def use(self, k):
         super().use(k)

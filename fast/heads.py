@@ -17,7 +17,9 @@ MEMORY = 64        # forwards that are remembered, or 4 of each sequence: older 
 PRIOR = 0.8        # AR before anything is known,
 PRIOR_DRAFTS = 32  # as if so many drafts had shown it
 HEAD_DRAFTS = 8    # a head counts as good as all are together, as if so many of its drafts said so
-SWITCH = 0.05      # another number of heads must be so much better, for its caches are to be filled
+SWITCH = 0.05      # another number of heads must be so much better: estimates are noisy
+CATCH_UP = 4       # to fill the cache of a head that sat out takes as long as so many of its drafts
+SHORT = 24         # with fewer tokens left, no change is worth a look
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 16     # with so many rows, a matrix product takes as long as with one,
@@ -45,12 +47,15 @@ class HeadChoice:
             raise UserError(f"the costs are those of 0 .. {len(costs) - 1} heads; this model has "
                             f"{K}: measure its own with `results/bench.py costs`")
 
-    def choose(self, accepted, now):
+    def choose(self, accepted, now, left):
         """accepted (K+1, K+1), at [k, a]: how many forwards with k heads accepted a drafts, since
-        the prefill; now: how many heads run, or -1 -> how many should run next"""
+        the prefill; now: how many heads run, or -1; left: how many tokens, at most, a sequence
+        still lacks -> how many heads should run next"""
         if now < 0:                                       # a new text
             self.past = 0
-        recent = np.array(accepted) - self.past
+        elif left < SHORT:
+            return now
+        recent = np.array(accepted.tolist()) - self.past
         self.past = self.past + recent * max(0, 1 - self.memory / max(1, recent.sum()))
         reached = recent.sum(0)[::-1].cumsum()[::-1]               # [k]: k drafts or more accepted
         judged = (reached - recent.diagonal())[:-1]                # of them, where head k+1 drafted
@@ -59,10 +64,11 @@ class HeadChoice:
         # one that has not run for long is as good as those that have
         ar = (kept + HEAD_DRAFTS * together) / (judged + HEAD_DRAFTS)
         tokens = np.append(1, 1 + ar.cumprod().cumsum())
-        speed = tokens / self.costs
+        times = left * self.costs / tokens                # of the rest of the text
         if now >= 0:
-            speed[now] *= 1 + SWITCH
-        return int(speed.argmax())
+            times += CATCH_UP * (self.costs - self.costs[now]).clip(0)
+            times[now] /= 1 + SWITCH
+        return int(times.argmin())
 
 
 def round_costs(model, batch, draft_vocab=None):
