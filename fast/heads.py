@@ -14,12 +14,12 @@ import numpy as np
 from data.errors import UserError
 
 MEMORY = 64        # forwards that are remembered, or 4 of each sequence: older ones weigh less
-PRIOR = 0.8        # AR before anything is known,
-PRIOR_DRAFTS = 32  # as if so many drafts had shown it
+PRIOR = 0.85       # AR before anything is known,
+PRIOR_DRAFTS = 16  # as if so many drafts had shown it
 HEAD_DRAFTS = 8    # a head counts as good as all are together, as if so many of its drafts said so
 SWITCH = 0.05      # another number of heads must be so much better: estimates are noisy
 CATCH_UP = 4       # to fill the cache of a head that sat out takes as long as so many of its drafts
-SHORT = 24         # with fewer tokens left, no change is worth a look
+SHORT = 32         # with fewer tokens left, no change is worth a look
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 16     # with so many rows, a matrix product takes as long as with one,
@@ -55,7 +55,7 @@ class HeadChoice:
             self.past = 0
         elif left < SHORT:
             return now
-        recent = np.array(accepted.tolist()) - self.past
+        recent = accepted.numpy(force=True) - self.past
         self.past = self.past + recent * max(0, 1 - self.memory / max(1, recent.sum()))
         reached = recent.sum(0)[::-1].cumsum()[::-1]               # [k]: k drafts or more accepted
         judged = (reached - recent.diagonal())[:-1]                # of them, where head k+1 drafted
