@@ -14,8 +14,8 @@ import numpy as np
 from data.errors import UserError
 
 MEMORY = 64        # forwards that are remembered, or 4 of each sequence: older ones weigh less
-PRIOR = 0.85       # AR before anything is known,
-PRIOR_DRAFTS = 16  # as if so many drafts had shown it
+PRIOR = 0.8        # AR before anything is known,
+PRIOR_DRAFTS = 32  # as if so many drafts had shown it
 HEAD_DRAFTS = 8    # a head counts as good as all are together, as if so many of its drafts said so
 SWITCH = 0.05      # another number of heads must be so much better: estimates are noisy
 CATCH_UP = 4       # to fill the cache of a head that sat out takes as long as so many of its drafts

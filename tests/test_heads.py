@@ -240,10 +240,10 @@ def test_a_round_reads_the_same_memory_whenever_its_number_of_heads_comes_again(
 COSTS = {str(batch): [1.0, 1.3, 1.5, 1.7, 1.9] for batch in (1, 2)}
 
 
-def sampled(model, prompts=([0], [3, 4]), seed=1, **options):
+def sampled(model, prompts=([0], [3, 4]), seed=1, tokens=60, **options):
     generator = torch.Generator().manual_seed(seed)
     options = dict(temperature=0.9, heads="auto", generator=generator, costs=COSTS, **options)
-    return generate(model, list(prompts), 60, **options)
+    return generate(model, list(prompts), tokens, **options)
 
 
 def test_the_same_seed_is_the_same_text_and_watching_changes_nothing():
@@ -268,7 +268,7 @@ def test_several_numbers_of_heads_occur_on_a_mixed_set():
     """from heads that are never right to heads that always are: none, some and all of them run"""
     drafted = torch.zeros(5, dtype=torch.long)
     for noise in (0.0, 0.2, 0.3, 0.6):
-        _, stats = sampled(counting_model(4, 120, noise, seed=3), [[0]])
+        _, stats = sampled(counting_model(4, 120, noise, seed=3), [[0]], tokens=110)
         drafted += torch.tensor(stats.drafted)
     assert (drafted > 0).sum() >= 3 and drafted[0] > 0 and drafted[4] > 0, drafted
 
@@ -407,6 +407,22 @@ def test_a_small_difference_is_not_worth_a_switch():
     assert chooser([1.0, 1.78]).choose(zero, 0, 999) == 0
     assert chooser([1.0, 1.68]).choose(zero, 0, 999) == 1      # 7 %
     assert chooser([1.0, 1.78]).choose(zero, -1, 999) == 1     # nothing runs yet
+    assert chooser([1.0, 1.85]).choose(zero, -1, 999) == 0
+
+
+def test_a_change_must_pay_before_the_text_ends():
+    zero = counts(1, {})
+    # 1.8 tokens in 1.6 steps: 7 % better than none, but the caches take 4 * 0.6 steps
+    assert chooser([1.0, 1.6]).choose(zero, 0, 33) == 0
+    assert chooser([1.0, 1.6]).choose(zero, 0, 99) == 1
+    # fewer heads need nothing, and save nothing but the time of their rounds
+    assert chooser([1.0, 2.0]).choose(zero, 1, 33) == 0
+    assert chooser([1.0, 1.85]).choose(zero, 1, 33) == 1  # 3 % worse than none
+    # nor does a look pay where little is left
+    assert chooser([1.0, 1.1]).choose(zero, 0, 31) == 0
+    assert chooser([1.0, 1.1]).choose(zero, 0, 32) == 1
+    assert chooser([1.0, 2.0]).choose(zero, 1, 31) == 1
+    assert chooser([1.0, 1.1]).choose(zero, -1, 1) == 1   # a new text, however short
 
 
 # ---- costs
