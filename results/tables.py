@@ -347,6 +347,12 @@ def in_order(key):
     return method, 99 if heads == "auto" else heads
 
 
+def seed_counts(cells):
+    """how many seeds these lists hold: "3", or "1 to 3" where they differ"""
+    counts = sorted({len(cell) for cell in cells if cell})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
 def paper_table(rows):
     lines = []
     for text, columns in sorted(in_papers_unit(rows).items()):
@@ -358,7 +364,7 @@ def paper_table(rows):
                 paper = f"{PAPER[heads]:.2f}"
             shown = [ranged(cell, digits=0 if name == "used" else 2)
                      for name, cell in zip(PAPER_COLUMNS, cells)]
-            lines.append([text, method, heads, paper, max(map(len, cells)), *shown])
+            lines.append([text, method, heads, paper, seed_counts(cells), *shown])
     head = ["text", "method", "heads", "paper", "seeds", *PAPER_COLUMNS.values()]
     return markdown("In the paper's unit: tokens per forward, and per second, over those of a "
                     "model trained with 1 head by MTP, same seed (mean, range)", head, lines)
@@ -378,7 +384,7 @@ def over_mtp_table(rows):
     lines = []
     for (text, heads), kinds in sorted(found.items()):
         cells = [kinds.get(kind, []) for kind in texts]
-        lines.append([text, heads, PAPER_OVER_MTP if heads == 4 else "", max(map(len, cells)),
+        lines.append([text, heads, PAPER_OVER_MTP if heads == 4 else "", seed_counts(cells),
                       *[ranged(cell, digits=3) for cell in cells]])
     head = ["text", "heads", "paper", "seeds",
             *[PAPER_COLUMNS[kind] for kind in texts]]
@@ -455,7 +461,7 @@ def speed_table(rows):
         result = row["result"]
         if row.get("part") in ("speed", "undetached") and isinstance(result, list):
             out += markdown(f"Decoding: {row['name']}, {row['device']}", head,
-                            [speed_line(r) for r in result])
+                            [speed_line(r) for r in result if not r.get("kind")])
         if row["name"].startswith("check"):
             tied = [d["gap"] <= 4 * d["rounding"] for d in result["differences"]]
             rest = ""
