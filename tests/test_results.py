@@ -340,6 +340,12 @@ def test_the_clock_is_over_the_one_head_that_was_timed_beside_it(written):
         assert "| MTP-D | 0 |" not in unit(text)
 
 
+def test_the_table_says_where_columns_have_different_seeds(written):
+    one, eight = ("K1_MTP", 1, 100, 2.0), ("K4_MTP-D", 8, 160, 3.0)
+    text, _ = written([*own_rows(reproduce.UNSEEN), timed_row(1, 0, one, eight)])
+    assert cells(unit(text), reproduce.UNSEEN, "MTP-D", "8")[1] == "1 to 2"
+
+
 def test_validation_text_is_compared_from_the_logs_of_training(written):
     def model(K, method, *car):
         result = dict(loss=[3.0, 3.1], ar=[car[0]], car=list(car), tokens_per_forward=1 + sum(car))
