@@ -320,34 +320,33 @@ def print_difference(row, tokenizer):
 
 
 def bench_checkpoints(checkpoints, cfg):
-    """bench_decoding at each temperature for each checkpoint, on the same prompts; prints a table
-    each -> all rows"""
+    """bench_decoding at each temperature; prints a table for each checkpoint -> all rows, those of
+    the first checkpoint first"""
     prompts, kinds, cfg = shared_prompts(checkpoints, cfg)
     for checkpoint in checkpoints:                        # before the first is measured
         check_decoding(checkpoint, prompts, cfg)
-    one_head = {}            # temperature -> tokens/s with 1 head, of the first checkpoint with one
-    result = []
-    for path, model, _, _ in checkpoints:
-        if model.config.n_mtp == 0:
-            show(f"{path} has no MTP heads: decoding without drafts, one token per forward")
-        for temperature in split("temperature", cfg.temperature, float):
-            try:
-                rows = bench_decoding(model, prompts, cfg, temperature, kinds)
-            except KeyboardInterrupt:
-                raise Interrupted(result) from None
+    found = [[] for _ in checkpoints]
+    for temperature in split("temperature", cfg.temperature, float):
+        try:
+            models = [checkpoint.model for checkpoint in checkpoints]
+            tables = bench_decoding(models, prompts, cfg, temperature, kinds)
+        except KeyboardInterrupt:
+            raise Interrupted(sum(found, [])) from None
+        one_head = None      # tokens/s with 1 head, of the first checkpoint with one
+        for (path, *_), rows, own in zip(checkpoints, tables, found):
             for row in rows:
                 if row["heads"] == 1 and not row["kind"]:
-                    one_head.setdefault(temperature, row["tokens_per_s"])
+                    one_head = one_head or row["tokens_per_s"]
             for row in rows:
-                row["over_one"] = None
-                if temperature in one_head:
-                    row["over_one"] = row["tokens_per_s"] / one_head[temperature]
+                row["over_one"] = one_head and row["tokens_per_s"] / one_head
+            if len(rows) == 1:
+                show(f"{path} has no MTP heads: decoding without drafts, one token per forward")
             print_decoding(path, [row for row in rows if not row["kind"]])
             print_kinds([row for row in rows if row["kind"]])
-            result += [dict(checkpoint=str(path), **row) for row in rows]
-            if rows[0]["prompts"] < len(prompts) // cfg.batch * cfg.batch:
-                raise Interrupted(result)
-    return result
+            own += [dict(checkpoint=str(path), **row) for row in rows]
+        if rows[0]["prompts"] < len(prompts) // cfg.batch * cfg.batch:
+            raise Interrupted(sum(found, []))
+    return sum(found, [])
 
 
 def check_decoding(checkpoint, prompts, cfg):
@@ -379,12 +378,26 @@ def head_counts(K, wanted):
     return [k for k in ((1, 2, 3, 4) if K <= 4 else (4, 8, 16, 32)) if k <= K] + ["auto"]
 
 
-@torch.no_grad()
-def bench_decoding(model, prompts, cfg, temperature, kinds=()):
+class Timed(NamedTuple):
+    """a model, its decoders by their number of heads, and what they did with each group of prompts
     """
-    ordinary decoding and several numbers of heads on the same prompts, in turns for each prompt
-    -> rows (dicts), first for all prompts, kind "", then for each kind of them. All but `looping`
-    is without the prompts whose ordinary output is repetitive, unless all are:
+
+    model: torch.nn.Module
+    decoders: dict
+    times: dict    # heads: (milliseconds of a round, of its drafts)
+    stats: dict    # heads: list of Stats
+    texts: list    # the continuations without heads
+    kept: list     # count_accepted on these, added up
+
+
+@torch.no_grad()
+def bench_decoding(models, prompts, cfg, temperature, kinds=()):
+    """
+    ordinary decoding and several numbers of heads on the same prompts, of all models in turns for
+    each prompt, because the speed of a computer changes within minutes
+    -> a list for each model, of rows (dicts), first for all prompts, kind "", then for each kind of
+    them. All but `looping` is without the prompts whose ordinary output is repetitive, unless all
+    are; times begin after the prompt has been read:
 
     tokens_per_forward   of all prompts together
     tokens_per_s, speedup   medians over prompts; the latter of the ratio to ordinary decoding
@@ -398,33 +411,40 @@ def bench_decoding(model, prompts, cfg, temperature, kinds=()):
     """
     B = cfg.batch
     groups = [prompts[i : i + B] for i in range(0, len(prompts) - B + 1, B)]
-    generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
-    counts = head_counts(model.config.n_mtp, cfg.heads)
-    decoders = {}
-    for heads in [0, *counts]:
-        decoders[heads] = make_decoder(model, prompts, cfg, heads, B, temperature, generator)
-        decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
-    fixed = {heads: decoder for heads, decoder in decoders.items() if heads != "auto"}
-    times = time_rounds(fixed, groups[0], cfg.tokens)
+    timed = []
+    for model in models:
+        generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
+        decoders = {}
+        for heads in [0, *head_counts(model.config.n_mtp, cfg.heads)]:
+            decoders[heads] = make_decoder(model, prompts, cfg, heads, B, temperature, generator)
+            decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
+        fixed = {heads: decoder for heads, decoder in decoders.items() if heads != "auto"}
+        times = time_rounds(fixed, groups[0], cfg.tokens)
+        timed.append(Timed(model, decoders, times, {heads: [] for heads in decoders}, [], []))
     options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
-    texts, stats, kept = run_in_turns(model, decoders, groups, cfg.tokens, options)
-    repetitive = [any(map(loops, texts_of_group)) for texts_of_group in texts]
-    weights = sum(p.numel() * p.element_size() for p in [*model.blocks.parameters(), model.weight])
-    found = range(len(texts))
-    by_kind = {"": list(found)}
+    count = run_in_turns(timed, groups, cfg.tokens, options)
+    return [model_rows(own, count, B, kinds, temperature) for own in timed]
+
+
+def model_rows(own, count, B, kinds, temperature):
+    """the rows of a Timed model, of its first `count` groups of B prompts"""
+    repetitive = [any(map(loops, texts)) for texts in own.texts[:count]]
+    main = [*own.model.blocks.parameters(), own.model.weight]
+    weights = sum(p.numel() * p.element_size() for p in main)
+    by_kind = {"": list(range(count))}
     for kind in dict.fromkeys(kinds):
         if kind and B == 1:
-            by_kind[kind] = [i for i in found if kinds[i] == kind]
+            by_kind[kind] = [i for i in range(count) if kinds[i] == kind]
     rows = []
     for kind, members in by_kind.items():
         if not members:                                   # after Ctrl-C
             continue
         used = [i for i in members if not repetitive[i]] or members
-        own_stats = {heads: [stats[heads][i] for i in used] for heads in decoders}
+        stats = {heads: [own.stats[heads][i] for i in used] for heads in own.decoders}
         shared = dict(kind=kind, prompts=len(members) * B, batch=B,
                       looping=sum(repetitive[i] for i in members))
-        own_kept = sum(kept[i] for i in used)
-        rows += decoding_rows(decoders, own_stats, own_kept, times, weights, shared, temperature)
+        kept = sum(own.kept[i] for i in used)
+        rows += decoding_rows(own.decoders, stats, kept, own.times, weights, shared, temperature)
     return rows
 
 
@@ -449,31 +469,28 @@ def decoding_rows(decoders, stats, kept, times, weights, shared, temperature):
     return rows
 
 
-def run_in_turns(model, decoders, groups, tokens, options):
-    """-> continuations of each group without heads; {heads: the Stats of each group}; the sums of
-    count_accepted for each group. Ctrl-C ends it early, after the last group that was measured"""
-    texts, kept = [], []
-    stats = {heads: [] for heads in decoders}
+def run_in_turns(timed, groups, tokens, options):
+    """decode each group of prompts with all decoders of all Timed models, which fill -> how many
+    groups all of them have done. Ctrl-C ends it early, if there is such a group"""
     bar = tqdm(groups, "decode", unit="prompt" if len(groups[0]) == 1 else "batch")
     try:
         for group in bar:
-            done = {}
-            for heads, decoder in decoders.items():
-                done[heads] = decode.run_decoder(decoder, group, tokens)
-            ids = done[0][0]
-            own_kept = sum(count_accepted(model, *text, *options) for text in zip(group, ids))
-            bar.set_postfix({f"{k} heads": f"{own.tokens_per_second:.0f} tokens/s"
-                             for k, (_, own) in done.items()})
-            texts.append(ids)
-            for heads in decoders:
-                stats[heads].append(done[heads][1])
-            kept.append(own_kept)
+            for model, decoders, _, stats, texts, kept in timed:
+                for heads, decoder in decoders.items():
+                    ids, own = decode.run_decoder(decoder, group, tokens)
+                    stats[heads].append(own)
+                    if heads == 0:
+                        texts.append(ids)
+                pairs = zip(group, texts[-1])
+                kept.append(sum(count_accepted(model, *pair, *options) for pair in pairs))
+            bar.set_postfix({f"{k} heads": f"{own[-1].tokens_per_second:.0f} tokens/s"
+                             for k, own in stats.items()})
     except KeyboardInterrupt:
         bar.close()
-        if not kept:
-            raise
-    # it may have come between two of these lines
-    return texts[: len(kept)], {k: own[: len(kept)] for k, own in stats.items()}, kept
+    count = min(len(own.kept) for own in timed)
+    if count == 0:
+        raise KeyboardInterrupt
+    return count
 
 
 def speeds(stats, plain_stats):

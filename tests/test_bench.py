@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,9 +306,9 @@ def decoded(monkeypatch):
 
 
 @pytest.mark.parametrize("stop,tables,prompts", [
-    (2 + 2 + 1, 1, 1),            # 2 to warm up, then 2 for each prompt: in the second prompt's
-    (2 + 6 + 2, 1, 3),            # while the second table's decoders warm up
-    (2 + 6 + 2 + 5, 2, 2),        # in the third prompt of the second table
+    (3 + 3 + 3, 2, 1),            # 3 to warm up, then 3 for each prompt: in the second prompt's
+    (3 + 9 + 2, 2, 3),            # while the second temperature's decoders warm up
+    (3 + 9 + 3 + 8, 4, 2),        # in the third prompt at the second temperature
 ])
 def test_what_was_measured_before_ctrl_c_is_printed(
     toy, decoded, monkeypatch, capsys, stop, tables, prompts
@@ -316,9 +317,26 @@ def test_what_was_measured_before_ctrl_c_is_printed(
     flags = as_flags({**FLAGS, "count": 3, "heads": 2})
     argv = ["decode", toy / "ckpt.pt", toy / "plain.pt", *flags]
     out, table = interrupted_call(monkeypatch, capsys, *argv)
-    assert out.count("tok/fwd") == tables and len(table) == 2 * tables
-    assert [row["prompts"] for row in table[-2:]] == [prompts] * 2
-    assert table[-1]["tokens_per_forward"] > 1 and table[-1]["car"] > 0
+    assert out.count("tok/fwd") == tables and len(table) == 1.5 * tables
+    last = [row for row in table if row["temperature"] == table[-1]["temperature"]]
+    assert [row["heads"] for row in last] == [0, 2, 0]
+    assert [row["prompts"] for row in last] == [prompts] * 3
+    assert last[1]["tokens_per_forward"] > 1 and last[1]["car"] > 0
+
+
+def test_checkpoints_decode_each_prompt_in_turns(toy, rows, monkeypatch):
+    """of two that were timed one after the other, one may have had a slower computer"""
+    order, run_decoder = [], decode.run_decoder
+
+    def spy(decoder, *args):
+        order.append(decoder.model.config.n_mtp)
+        return run_decoder(decoder, *args)
+    monkeypatch.setattr(decode, "run_decoder", spy)
+    table = rows(toy / "plain.pt", count=3, heads=2, temperature="0")
+    K = order[0]
+    assert order == [K, K, 0] * 4 and K > 0               # one to warm up, then three prompts
+    names = [Path(row["checkpoint"]).name for row in table]
+    assert names == ["ckpt.pt", "ckpt.pt", "plain.pt"]
 
 
 def test_ctrl_c_before_the_first_prompt(toy, decoded, monkeypatch, capsys):

@@ -717,7 +717,7 @@ def test_the_teacher_that_is_not_detached(tmp_path, monkeypatch, commands):
     assert (flags["--kl_start"], flags["--kl_ramp"], flags["--beta"]) == ("0", "0", "0.5")
     loop = rows["python deep 8 heads undetached seed2"]
     assert flags_of(loop)["extend.py"] == flags["--out"] + os.sep + "ckpt.pt"
-    for name, temperatures, count in (("", "0.7,1", "48"), (", greedy", "0", "164")):
+    for name, temperatures, count in (("", "0.7,1", "96"), (", greedy", "0", "164")):
         row = rows[f"speed python deep undetached seed2{name}"]
         assert flags_of(row)["--temperature"] == temperatures and flags_of(row)["--count"] == count
         one, ours = [word for word in row["command"].split() if word.endswith("ckpt.pt")]
