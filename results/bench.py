@@ -333,13 +333,13 @@ def bench_checkpoints(checkpoints, cfg):
         except KeyboardInterrupt:
             raise Interrupted(sum(found, [])) from None
         one_head = None      # tokens/s with 1 head, of the first checkpoint with one
-        for (path, *_), rows, own in zip(checkpoints, tables, found):
+        for (path, model, _, _), rows, own in zip(checkpoints, tables, found):
             for row in rows:
                 if row["heads"] == 1 and not row["kind"]:
                     one_head = one_head or row["tokens_per_s"]
             for row in rows:
                 row["over_one"] = one_head and row["tokens_per_s"] / one_head
-            if len(rows) == 1:
+            if model.config.n_mtp == 0:
                 show(f"{path} has no MTP heads: decoding without drafts, one token per forward")
             print_decoding(path, [row for row in rows if not row["kind"]])
             print_kinds([row for row in rows if row["kind"]])

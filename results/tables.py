@@ -441,6 +441,30 @@ def loop_speed_table(rows):
                     "as measured in \"speed python\"", head, lines)
 
 
+def pretrained_table(rows):
+    """heads for a frozen model: decoding of its prompts, all of them and by kind"""
+    found = {}                                             # -> {temperature: list of dicts}
+    for row in rows:
+        if row.get("part") == "pretrained" and row["name"].startswith("speed"):
+            name = re.sub(r"^speed | seed\d+", "", row["name"])
+            for r in row["result"]:
+                if r["heads"]:
+                    key = name, r["kind"] or "all"
+                    found.setdefault(key, {}).setdefault(r["temperature"], []).append(r)
+    lines = []
+    for (name, kind), by_temperature in found.items():
+        cells = []
+        for temperature in (0.0, 1.0):
+            same = by_temperature.get(temperature, [])
+            cells += [ranged([r[key] for r in same]) for key in ("tokens_per_forward", "speedup")]
+        first = next(iter(by_temperature.values()))
+        loops = ", ".join(str(r["looping"]) for r in first)
+        lines.append([name, kind, len(first), f"{loops} of {first[0]['prompts']}", *cells])
+    head = ["heads", "prompts", "seeds", "repetitive, excluded", "tokens per forward, greedy",
+            "vs plain, greedy", "tokens per forward, T = 1", "vs plain, T = 1"]
+    return markdown("Heads for a frozen, pretrained model (mean, range)", head, lines)
+
+
 def speed_line(r):
     predicted = ""
     ms = ""
@@ -815,7 +839,7 @@ FIGURES = {
 TABLES = (
     paper_table, over_mtp_table, effect_table, plain_table, entropy_table, ablation_table,
     pilot_table, extend_table, loop_speed_table,
-    nanogpt_table, speed_table, cost_table, cards_table,
+    nanogpt_table, speed_table, pretrained_table, cost_table, cards_table,
 )
 
 

@@ -340,6 +340,22 @@ def test_the_clock_is_over_the_one_head_that_was_timed_beside_it(written):
         assert "| MTP-D | 0 |" not in unit(text)
 
 
+def test_the_table_of_a_frozen_model_is_by_kind_and_over_seeds(written):
+    def of(seed, tokens, speed):
+        result = []
+        for kind, more in (("", 0), ("code", 1)):
+            for heads, temperature in ((0, 0.0), (4, 0.0), (4, 1.0)):
+                result.append(dict(
+                    heads=heads, temperature=temperature, kind=kind, looping=seed, prompts=9,
+                    tokens_per_forward=tokens + more + temperature, speedup=speed))
+        return row(f"speed model 4 heads KL seed{seed}", "pretrained", result, seed=seed)
+    text, _ = written([of(1, 2.0, 1.5), of(2, 2.2, 1.7)])
+    assert cells(text, "model 4 heads KL", "all") == [
+        "2", "1, 2 of 9", "2.10 (2.00 .. 2.20)", "1.60 (1.50 .. 1.70)", "3.10 (3.00 .. 3.20)",
+        "1.60 (1.50 .. 1.70)"]
+    assert cells(text, "model 4 heads KL", "code")[2] == "3.10 (3.00 .. 3.20)"
+
+
 def test_the_table_says_where_columns_have_different_seeds(written):
     one, eight = ("K1_MTP", 1, 100, 2.0), ("K4_MTP-D", 8, 160, 3.0)
     text, _ = written([*own_rows(reproduce.UNSEEN), timed_row(1, 0, one, eight)])
