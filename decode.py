@@ -60,6 +60,7 @@ def speculative_round(model, tokens, heads, temperature, generator=None):
     heads = min(heads, room - 1)                          # one place is the emitted token's
     if len(tokens) == 1:
         heads = 0                                         # head 1 reads h^0_{n-1}: there is none
+    # all random numbers of the round, which sample and bernoulli turn into choices
     noise = make_noise("residual", 1, heads, model.weight)
     noise.numbers.exponential_(generator=generator)
 
@@ -270,7 +271,7 @@ class Decoder:
     buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
     n       (B,) position of the last known token
     limit   (B,) the largest n may become; a sequence with n = limit is finished, rounds leave it
-    right   (K+1, B) of heads 1 .. k, the rows before right[k] are in the cache, and right
+    valid   (K+1, B) of heads 1 .. k, the rows before valid[k] are in the cache, and correct
     drafts  (B, k) what the last round drafted, for --trace
     accepted  (K+1, K+1) histogram: how many forwards with k heads accepted a drafts, at [k, a]
     why     which decoder this is, and why, in words (see make_decoder)
@@ -300,13 +301,13 @@ class Decoder:
         self.check_options()
         slots = length + model.config.n_mtp + 1   # a finished sequence writes K+1 past the end
         self.cache = Cache(model, batch, slots, self.heads)
-        self.row = self.cache.row                 # (B, 1), integers, as all that follow
-        self.buffer = self.row.new_zeros(batch, slots)
+        self.seq = self.cache.seq                 # (B, 1), integers, as all that follow
+        self.buffer = self.seq.new_zeros(batch, slots)
         # prefill sets these; until then they are valid positions, for a round may be recorded
-        self.n = self.row.new_ones(batch)
+        self.n = self.seq.new_ones(batch)
         self.limit = torch.full_like(self.n, length - 1)
-        self.accepted = self.row.new_zeros(self.heads + 1, self.heads + 1)
-        self.right = self.row.new_zeros(self.heads + 1, batch)
+        self.accepted = self.seq.new_zeros(self.heads + 1, self.heads + 1)
+        self.valid = self.seq.new_zeros(self.heads + 1, batch)
 
     def check_options(self):
         """raises a UserError for options that make no sense"""
@@ -338,12 +339,12 @@ class Decoder:
         probs = probabilities(logits, self.temperature, self.top_k)
         noise = torch.empty_like(probs).exponential_(generator=self.generator)
         token = sample(probs, noise)
-        self.buffer[self.row[:, 0], self.n] = token
+        self.buffer[self.seq[:, 0], self.n] = token
         self.limit.copy_((self.n + max_new_tokens).clamp(max=self.model.config.block_size) - 1)
         if self.stop_token is not None:
             self.limit.copy_(torch.where(token == self.stop_token, self.n, self.limit))
         self.accepted.zero_()
-        self.right.zero_()
+        self.valid.zero_()
         self.k = -1                                       # not even 0: no head has read anything
         self.choose(max_new_tokens)
 
@@ -356,7 +357,7 @@ class Decoder:
             pos = (self.n[:, None] + offsets).clamp_min(0)                # (B, PREFILL) or fewer
             positions = self.model.positions(self.cache, pos)
             for k in parts:
-                tokens = self.buffer[self.row, pos + k]
+                tokens = self.buffer[self.seq, pos + k]
                 if k == 0:
                     hidden = self.model.trunk_step(tokens, self.cache, positions)
                 else:          # a row whose token t_{i+k} isn't known yet is rebuilt by draft()
@@ -367,15 +368,15 @@ class Decoder:
     def use(self, k):
         """from now on, rounds run heads 1 .. k. What these lack in their caches (the prompt, rounds
         in which they did not run) is rebuilt first, but for the rows that the next round runs.
-        Rounds lie between two calls"""
-        self.right[: self.k + 1] = self.n - self.k - 1    # the next round would rebuild the rest
+        At least one round lies between two calls"""
+        self.valid[: self.k + 1] = self.n - self.k - 1    # the next round would rebuild the rest
         self.k = k
         self.width = max(k + 1, self.least_width)
         # with one-hot p and q the three rules are one; without heads there is nothing to reject
         self.rule = "match" if self.temperature == 0 or k == 0 else self.accept_rule
         self.noise = make_noise(self.rule, len(self.n), k, self.model.weight)
         # rows that head j lacks; finished sequences need none
-        rows = ((self.n - self.right) * (self.n < self.limit)).amax(1).tolist()
+        rows = ((self.n - self.valid) * (self.n < self.limit)).amax(1).tolist()
         lacking = [j for j in range(1, k + 1) if rows[j] > self.width]
         if lacking:                                       # the last one lacks most
             self.rebuild(range(lacking[0], k + 1), rows[k])
@@ -407,7 +408,7 @@ class Decoder:
         """the places n + first .. n + last, (B, T), and the tokens there"""
         offsets = torch.arange(first, last + 1, device=self.n.device)
         at = (self.n[:, None] + offsets).clamp_min(1)
-        return at, self.buffer[self.row, at]
+        return at, self.buffer[self.seq, at]
 
     def draft(self):
         """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V). From here
@@ -441,8 +442,8 @@ class Decoder:
         else:
             draft = argmax(logits)
         # same as reading after the write, but saves a kernel launch
-        tokens = torch.where(at == at[:, -1:], draft[:, None], self.buffer[self.row, at])
-        self.buffer[self.row[:, 0], at[:, -1]] = draft
+        tokens = torch.where(at == at[:, -1:], draft[:, None], self.buffer[self.seq, at])
+        self.buffer[self.seq[:, 0], at[:, -1]] = draft
         return probs, tokens, at
 
     def verify(self):
@@ -463,12 +464,12 @@ class Decoder:
             target_probs = probabilities(logits, self.temperature, self.top_k)
             rule = RULES[self.rule]
             accepted, token = rule(target_probs, draft_probs, drafts, self.noise)
-        self.buffer[self.row[:, 0], self.n + accepted + 1] = token
+        self.buffer[self.seq[:, 0], self.n + accepted + 1] = token
 
         # accepted+1 tokens follow, or fewer: up to the limit, which the first stop token becomes
         if self.stop_token is not None:
             emitted = at <= (self.n + accepted)[:, None]                           # (B, K+1)
-            is_stop = emitted & (self.buffer[self.row, at + 1] == self.stop_token)
+            is_stop = emitted & (self.buffer[self.seq, at + 1] == self.stop_token)
             stops = torch.where(is_stop, at + 1, self.limit[:, None])
             self.limit.copy_(torch.minimum(stops.amin(1), self.limit))
         count = torch.minimum(accepted + 1, self.limit - self.n)                   # 0 if finished
@@ -481,7 +482,7 @@ class Decoder:
         return int((self.limit - self.n).max())
 
     def rounds(self, left):
-        """so many rounds at least follow, if so many tokens are left"""
+        """how many rounds to run before looking again: no more than are surely needed"""
         rounds = -(-left // (self.k + 1))
         if self.auto or self.stop_token is not None:       # a look at a GPU costs about a round
             rounds = min(rounds, 8 if self.n.is_cuda else 1)
@@ -594,7 +595,7 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     decoder.prefill(prompts, max_new_tokens)
     left = decoder.remaining()                            # waits until the prefill is done
     start = time.perf_counter()
-    while left > 0:                                       # negative: a prompt too long for it
+    while left > 0:                                       # < 0: a prompt too long for the decoder
         for _ in range(decoder.rounds(left)):
             if watch:
                 watch(decoder)

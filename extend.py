@@ -10,11 +10,13 @@ extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, 
 
 A flag that is not given is as in the training that wrote the checkpoint, but for --steps (a fifth
 of the steps that trained the first heads), --out (the checkpoint's folder with the number of heads
-added), --device, --fast and --compile (auto).
+added), --device, --fast and --compile (auto). New heads get the last head's alpha and beta. The KL
+starts at once, for the teacher is trained; the warm-up is a tenth of the steps at most.
 
 A model without heads (data/pretrained.py, train.py --n_mtp 0) gets random ones. They learn from its
 own text (data/selftext.py), where the main head's whole distribution says more than the one token
-that was sampled from it: by the KL to all of it alone. From m heads on, the loop:
+that was sampled from it: by the KL to all of it alone (alpha 0, beta 1, top_n 65536). From m heads
+on, the loop:
 
 Head m+j starts as a copy of head j, and reads the head before it, so that the cascade goes on:
 

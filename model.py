@@ -76,9 +76,9 @@ class GPTConfig:
 
 class Positions(NamedTuple):
     """where the T new tokens of a step with a cache stand, for each of B sequences. Without a cache
-    only the angles matter, those of positions 0 .. T-1"""
+    the first three are None, and rope is that of positions 0 .. T-1, (2, 1, 1, T, hd)"""
 
-    row: torch.Tensor   # (B, 1) number of the sequence, to index the cache together with pos
+    seq: torch.Tensor   # (B, 1) number of the sequence, to index the cache together with pos
     pos: torch.Tensor   # (B, T) position of each token, which is also its slot in the cache
     mask: torch.Tensor  # (B, 1, T, S) added to the scores: 0 up to the position, then -inf
     rope: torch.Tensor  # (2, B, 1, T, hd) cos and sin of the position
@@ -153,9 +153,9 @@ class Attention(nn.Module):
         # draft left there. The mask lets the query at position p see slots 0..p, so that stale
         # slots past p are never seen. (is_causal=True would be wrong: fewer queries than keys.)
         keys, values = cache                                        # (B, G, S, hd) each
-        row, pos, mask, _ = positions
-        keys[row, :, pos] = k.transpose(1, 2)                       # (B, T, G, hd) goes in
-        values[row, :, pos] = v.transpose(1, 2)
+        seq, pos, mask, _ = positions
+        keys[seq, :, pos] = k.transpose(1, 2)                       # (B, T, G, hd) goes in
+        values[seq, :, pos] = v.transpose(1, 2)
         # written out: the mask, one for each row of the batch, is an addition
         group = q.reshape(*k.shape[:2], -1, q.size(-1))             # (B, G, H/G T, hd)
         score = (group * q.size(-1) ** -0.5) @ keys.transpose(-2, -1)
@@ -228,7 +228,7 @@ class Cache:
         shape = (2, batch, config.n_kv_head, slots, config.n_embd // config.n_head)
         self.kv = [zeros(shape).unbind(0) for _ in range(config.n_layer + heads)]
         self.hidden = [zeros(batch, slots, config.n_embd) for _ in range(heads)]
-        self.row = torch.arange(batch, device=model.weight.device)[:, None]
+        self.seq = torch.arange(batch, device=model.weight.device)[:, None]
         self.slot = torch.arange(slots, device=model.weight.device)
 
 
@@ -329,25 +329,25 @@ class GPT(nn.Module):
         """pos (B, T) -> Positions"""
         unseen = cache.slot > pos[:, None, :, None]                             # (B, 1, T, S)
         mask = torch.where(unseen, -torch.inf, 0.0).to(self.weight.dtype)
-        return Positions(cache.row, pos, mask, self.rope[:, pos].unsqueeze(2))
+        return Positions(cache.seq, pos, mask, self.rope[:, pos].unsqueeze(2))
 
     def trunk_step(self, tokens, cache, positions):
         """run the trunk on tokens (B, T) at these Positions, write the cache -> h^0 (B, T, d)"""
         hidden = self.trunk(self.embed(tokens), positions, cache)
         if cache.hidden:
-            cache.hidden[0][positions.row, positions.pos] = hidden
+            cache.hidden[0][positions.seq, positions.pos] = hidden
         return hidden
 
     def head_step(self, k, tokens, cache, positions):
         """run head k (1..K) at these Positions, write the cache -> h^k (B, T, d)
 
         It reads the cached h^{k-1} of these positions, and tokens (B, T), which are t_{pos+k}."""
-        row, pos, _, _ = positions
-        hidden = cache.hidden[k - 1][row, pos]
+        seq, pos, _, _ = positions
+        hidden = cache.hidden[k - 1][seq, pos]
         kv = cache.kv[self.config.n_layer + k - 1]
         hidden = self.heads[k - 1](hidden, self.embed(tokens), positions, kv)
         if k < len(cache.hidden):
-            cache.hidden[k][row, pos] = hidden
+            cache.hidden[k][seq, pos] = hidden
         return hidden
 
     def logits(self, k, hidden, vocab=None):

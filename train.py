@@ -43,7 +43,7 @@ from model import GPT, GPTConfig
 # -----------------------------------------------------------------------------
 # every flag, with its default and meaning; presets change some of the defaults, flags change any
 
-# what differs from the defaults below; those are nanoGPT's shakespeare_char
+# what differs from the defaults below, which have the shape of nanoGPT's shakespeare_char
 PRESETS = {
     "tiny": dict(
         tokenizer="bpe:1024", n_layer=20, n_head=5, n_embd=80, embed_std=0.05, block_size=128,
@@ -66,8 +66,9 @@ PRESETS = {
 
 @dataclasses.dataclass
 class TrainConfig(DeviceFlags):
-    preset: str = flag("", "tiny | small | shakespeare | gpt2; empty: small with CUDA, else tiny",
-                       choices=("", *PRESETS))
+    preset: str = flag(
+        "", "tiny | small | shakespeare | gpt2, with own defaults; empty: small on CUDA, else tiny",
+        choices=("", *PRESETS))
     data: str = flag("stories", "a dataset folder, or a source or path for data/prepare.py")
     tokenizer: str = flag("", "bytes | bpe:N | gpt2; empty: the source's standard tokenizer")
     out: str = flag("", "the folder OUT; see above what is written, and its default")
@@ -96,7 +97,7 @@ class TrainConfig(DeviceFlags):
     # the loss (distill.py)
     alpha: str = flag("0.3", "weight of the heads' cross-entropy: one number, or K with commas")
     beta: str = flag("0.5", "weight of the heads' KL to the main head; 0: no distillation")
-    top_n: float = flag(0.1, "N of the TopN KL: a count, or a fraction of the vocabulary below 1")
+    top_n: float = flag(0.1, "KL's N: a count (1: no KL), or a fraction of the vocabulary below 1")
     kl: str = flag("forward", "forward | reverse | hybrid | tv, or your own of distill.py",
                    choices=distill.DIVERGENCES)
     detach_teacher: bool = flag(True, "stop-gradient on the teacher")
@@ -241,7 +242,8 @@ def evaluate(model, val_ids, cfg, device, dtype):
     tokens_per_forward  1 + sum of car
 
     Heads are compared on the same targets: loss, accuracy and kl are means over targets K .. T-1
-    of each window, which all K+1 heads predict. Acceptance counts every round with all K drafts.
+    of each window, which all K+1 heads predict. Acceptance is over the positions that have all K
+    drafts.
     """
     model.eval()
     K = model.config.n_mtp
@@ -443,8 +445,8 @@ def train_step(net, model, optimizer, cfg, step, parts, dtype, grad_function):
 
 def train(model, cfg, train_ids, val_ids, meta, state=None):
     """train `model` up to step cfg.steps; only what requires a gradient moves (see extend.py). The
-    last evaluation (see evaluate) is returned, None on all ranks but 0. `state`: entries of the
-    checkpoint, all of the one to continue from, or more for a new run's"""
+    last evaluation (see evaluate) is returned, None on all ranks but 0. `state`: the entries of the
+    checkpoint that is resumed, or entries to add to those of a new run"""
     rank, world = processes()
     device = model.weight.device
     dtype, _ = pick_dtype(cfg.dtype, device)

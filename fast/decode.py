@@ -84,7 +84,7 @@ class FastModel:
         """as GPT.positions; for few tokens without a mask, and with the angles of all positions"""
         if pos.size(1) > self.tile:
             return self.model.positions(cache, pos)
-        return Positions(cache.row, pos, None, self.rope)
+        return Positions(cache.seq, pos, None, self.rope)
 
     def block(self, block, x, kv, positions, copy=None):
         """model.Block.forward; the result also goes into `copy`, see linear()"""

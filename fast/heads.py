@@ -4,7 +4,8 @@ fast/heads.py: how many MTP heads pay? heads="auto" of decode.py, on every devic
 A round with k heads emits 1 + AR_1 + AR_1 AR_2 + .. + AR_1 AR_2 .. AR_k tokens on average, where
 AR_j is how often head j's draft is accepted, given that those before it were. Between rounds, the
 number of heads with the most tokens per time is chosen. AR is counted while decoding. How long a
-round takes stands in a table: by the clock of the call itself, one seed would not be one text.
+round takes stands in a table: timed in the call itself, it would make the text depend on the clock,
+not on the seed alone.
 """
 import json
 from pathlib import Path
@@ -13,11 +14,11 @@ import numpy as np
 
 from data.errors import UserError
 
-MEMORY = 64        # forwards that are remembered, or 4 of each sequence: older ones weigh less
-PRIOR = 0.8        # AR before anything is known,
-PRIOR_DRAFTS = 32  # as if so many drafts had shown it
-HEAD_DRAFTS = 8    # a head counts as good as all are together, as if so many of its drafts said so
-SWITCH = 0.05      # another number of heads must be so much better: estimates are noisy
+MEMORY = 64        # forwards that are remembered, or 4 of each sequence: older counts are forgotten
+PRIOR = 0.8        # mean AR before anything is known,
+PRIOR_DRAFTS = 32  # with the weight of so many drafts (pseudo-counts)
+HEAD_DRAFTS = 8    # a head's AR is drawn to the mean of all, with the weight of so many drafts
+SWITCH = 0.05      # hysteresis: another number of heads must be so much better, for AR is noisy
 CATCH_UP = 4       # to fill the cache of a head that sat out takes as long as so many of its drafts
 SHORT = 32         # with fewer tokens left, no change is worth a look
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
@@ -61,7 +62,7 @@ class HeadChoice:
         judged = (reached - recent.diagonal())[:-1]                # of them, where head k+1 drafted
         kept = reached[1:]
         together = (kept.sum() + PRIOR_DRAFTS * PRIOR) / (judged.sum() + PRIOR_DRAFTS)
-        # one that has not run for long is as good as those that have
+        # a head that has not run for long gets the mean
         ar = (kept + HEAD_DRAFTS * together) / (judged + HEAD_DRAFTS)
         tokens = np.append(1, 1 + ar.cumprod().cumsum())
         times = left * self.costs / tokens                # of the rest of the text
