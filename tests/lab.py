@@ -153,7 +153,7 @@ def check(root, number):
         for function in EXERCISES[other].functions:
             now = function_state(root, function)
             if now in ("empty", "left out"):
-                print(f"exercise {number} needs {function}, which is {now} (exercise {other})")
+                print(f"write {function} first, of exercise {other}: it is {now}")
                 return 1
     file = "tests/test_exercises.py"
     done = subprocess.run(
