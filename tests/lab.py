@@ -152,8 +152,11 @@ def check(root, number):
     for other in [number, *EXERCISES[number].needs]:
         for function in EXERCISES[other].functions:
             now = function_state(root, function)
-            if now in ("empty", "left out"):
-                print(f"write {function} first, of exercise {other}: it is {now}")
+            if now == "empty":
+                print(f"write {function} first (exercise {other}): it is empty")
+                return 1
+            if now == "left out":
+                print(f"exercise {number} needs {function}, which is left out (exercise {other})")
                 return 1
     file = "tests/test_exercises.py"
     done = subprocess.run(

@@ -116,7 +116,7 @@ def test_a_stub_holds_no_answer_fails_and_becomes_the_original(root, number, mon
         assert ast.get_docstring(node) == ast.get_docstring(original)
     pretend_pytest_says(monkeypatch, 0)
     assert lab.state(root, number) == "empty" and lab.check(root, number) == 1
-    assert f"write {functions[0]} first, of exercise" in capsys.readouterr().out
+    assert f"write {functions[0]} first (exercise" in capsys.readouterr().out
     lab.solve(root, number)
     assert contents(root) == before and lab.state(root, number) == "original"
 
@@ -180,7 +180,7 @@ def test_check_says_what_is_next_and_what_is_needed(root, monkeypatch, capsys):
     assert lab.check(root, 1) == 0
     assert "next: exercise 3, the TopN" in capsys.readouterr().out
     assert lab.check(root, 4) == 1
-    assert "write distill.py::topn_divergence first, of exercise 3: it is empty" in capsys.readouterr().out
+    assert "write distill.py::topn_divergence first (exercise 3): it is empty" in capsys.readouterr().out
 
 
 def test_a_file_that_is_not_python_is_named(root):
@@ -223,7 +223,7 @@ def test_a_handout_holds_no_answer(original, tmp_path, capsys):
         assert lab.state(folder, number) == "empty" and lab.check(folder, number) == 1
     # 8 shows the answer of 7
     assert lab.state(folder, 8) == "left out" and lab.check(folder, 8) == 1
-    assert "speculative_round first, of exercise 7: it is left out" in capsys.readouterr().out
+    assert "speculative_round, which is left out" in capsys.readouterr().out
     assert lab.next_exercise(folder, 7).startswith("next: exercise 9")
     with pytest.raises(SystemExit, match="your teacher has the answers"):
         lab.solve(folder, 7)
