@@ -346,7 +346,7 @@ class Decoder:
         self.accepted.zero_()
         self.valid.zero_()
         self.k = -1                                       # not even 0: no head has read anything
-        self.choose(max_new_tokens)
+        self.choose(max_new_tokens - 1)
 
     def rebuild(self, parts, rows):
         """run the trunk (0) or heads (by number) over the last `rows` rows, PREFILL at a time. In
@@ -385,9 +385,7 @@ class Decoder:
         """use all heads, or with heads="auto" as many as pay where so many tokens are left. That
         depends on past rounds alone, not on the drafts to come: so the distribution of the output
         stays the same"""
-        k = self.heads
-        if self.auto:
-            k = self.auto.choose(self.accepted, self.k, left)
+        k = self.auto.choose(self.accepted, self.k, left) if self.auto else self.heads
         if k != self.k:
             self.use(k)
 
@@ -482,7 +480,7 @@ class Decoder:
         return int((self.limit - self.n).max())
 
     def rounds(self, left):
-        """how many rounds to run before looking again: no more than are surely needed"""
+        """how many rounds to run before the next look, if so many tokens are left"""
         rounds = -(-left // (self.k + 1))
         if self.auto or self.stop_token is not None:       # a look at a GPU costs about a round
             rounds = min(rounds, 8 if self.n.is_cuda else 1)
@@ -595,7 +593,7 @@ def run_decoder(decoder, prompts, max_new_tokens, watch=None):
     decoder.prefill(prompts, max_new_tokens)
     left = decoder.remaining()                            # waits until the prefill is done
     start = time.perf_counter()
-    while left > 0:                                       # < 0: a prompt too long for the decoder
+    while left > 0:                                       # < 0: all prompts fill the context
         for _ in range(decoder.rounds(left)):
             if watch:
                 watch(decoder)

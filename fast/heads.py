@@ -3,7 +3,8 @@ fast/heads.py: how many MTP heads pay? heads="auto" of decode.py, on every devic
 
 A round with k heads emits 1 + AR_1 + AR_1 AR_2 + .. + AR_1 AR_2 .. AR_k tokens on average, where
 AR_j is how often head j's draft is accepted, given that those before it were. Between rounds, the
-number of heads with the most tokens per time is chosen. AR is counted while decoding. How long a
+number of heads is chosen with which the rest of the text takes the least time, the catching up of
+heads that sat out included. AR is counted while decoding. How long a
 round takes stands in a table: timed in the call itself, it would make the text depend on the clock,
 not on the seed alone.
 """
@@ -20,7 +21,7 @@ PRIOR_DRAFTS = 32  # with the weight of so many drafts (pseudo-counts)
 HEAD_DRAFTS = 8    # a head's AR is drawn to the mean of all, with the weight of so many drafts
 SWITCH = 0.05      # hysteresis: another number of heads must be so much better, for AR is noisy
 CATCH_UP = 4       # to fill the cache of a head that sat out takes as long as so many of its drafts
-SHORT = 32         # with fewer tokens left, no change is worth a look
+SHORT = 32         # on a GPU: with fewer tokens left, no change is worth a look at the counts
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 16     # with so many rows, a matrix product takes as long as with one,
@@ -54,7 +55,7 @@ class HeadChoice:
         still lacks -> how many heads should run next"""
         if now < 0:                                       # a new text
             self.past = 0
-        elif left < SHORT:
+        elif accepted.is_cuda and left < SHORT:
             return now
         recent = accepted.numpy(force=True) - self.past
         self.past = self.past + recent * max(0, 1 - self.memory / max(1, recent.sum()))
@@ -65,7 +66,7 @@ class HeadChoice:
         # a head that has not run for long gets the mean
         ar = (kept + HEAD_DRAFTS * together) / (judged + HEAD_DRAFTS)
         tokens = np.append(1, 1 + ar.cumprod().cumsum())
-        times = left * self.costs / tokens                # of the rest of the text
+        times = self.costs * (left / tokens).clip(1)      # of the rest: one round at least
         if now >= 0:
             times += CATCH_UP * (self.costs - self.costs[now]).clip(0)
             times[now] /= 1 + SWITCH

@@ -285,8 +285,11 @@ def test_the_end_of_the_context_is_reached_and_not_passed():
 def test_what_is_cut_from_an_accepted_block_is_neither_emitted_nor_counted(
     new, stop, accepted, tokens
 ):
-    counting = counting_model()
-    got, stats = generate(counting, [[5, 6, 0]], new, stop_token=stop)
+    counting, rounds = counting_model(), []
+    got, stats = generate(
+        counting, [[5, 6, 0]], new, stop_token=stop, watch=lambda decoder: rounds.append(1)
+    )
+    assert len(rounds) == stats.forwards + 1              # none after a stop token
     assert got == [[(1 + i) % 7 for i in range(tokens)]]
     assert (stats.accepted, stats.forwards, stats.tokens) == (accepted, sum(accepted), tokens)
     # beside a row that goes on longer: once done, a row counts no more

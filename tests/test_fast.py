@@ -348,6 +348,7 @@ def test_auto_chooses_among_the_numbers_that_have_a_graph():
     decoder = decode.make_decoder(gpt, 1, 30, "auto", fast="on")
     allowed = [k for k in range(12) if decoder.auto.costs[k] < torch.inf]
     assert allowed == [0, 1, 2, 4, 6, 8, 11]
+    assert decoder.least_width == 16 and decode.make_decoder(gpt, 3, 30, fast="on").least_width == 5
     assert decode.make_decoder(gpt, 1, 30, "auto", fast="off").auto.costs.max() < torch.inf
 
 

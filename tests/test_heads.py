@@ -2,6 +2,7 @@
 heads runs, the text is the main head's, and heads that sat out draft as if they had not."""
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,7 +248,7 @@ def sampled(model, prompts=([0], [3, 4]), seed=1, tokens=60, **options):
 
 
 def test_the_same_seed_is_the_same_text_and_watching_changes_nothing():
-    model = counting_model(4, 120, noise=0.2, seed=3)
+    model = counting_model(4, 320, noise=0.2, seed=3)
     texts, stats = sampled(model)
     assert len([count for count in stats.drafted if count]) > 1
     seen = []
@@ -256,9 +257,9 @@ def test_the_same_seed_is_the_same_text_and_watching_changes_nothing():
     assert sampled(model, seed=2)[0] != texts
     # a decoder that is used again starts anew
     generator = torch.Generator().manual_seed(1)
-    decoder = Decoder(model, 2, 120, "auto", 0.9, generator=generator, costs=COSTS)
-    _, first = decode.run_decoder(decoder, [[5, 6], [1]], 110)
-    assert first.forwards > MEMORY                        # so that some of it was forgotten
+    decoder = Decoder(model, 2, 320, "auto", 0.9, generator=generator, costs=COSTS)
+    decode.run_decoder(decoder, [[5, 6], [1]], 310)
+    assert decoder.auto.past.sum() > MEMORY               # so much of it was forgotten
     generator.manual_seed(1)
     got, last = decode.run_decoder(decoder, [[0], [3, 4]], 60)
     assert got == texts and last.drafted == stats.drafted
@@ -403,10 +404,10 @@ def test_a_large_batch_remembers_some_forwards_of_each_sequence():
 
 def test_a_small_difference_is_not_worth_a_switch():
     zero = counts(1, {})
-    assert chooser([1.0, 1.78]).choose(zero, 1, 999) == 1      # 1.8 tokens / 1.78: 1 % better than none
+    assert chooser([1.0, 1.78]).choose(zero, 1, 999) == 1 # 1.8 tokens / 1.78: 1 % better than none
     assert chooser([1.0, 1.78]).choose(zero, 0, 999) == 0
-    assert chooser([1.0, 1.68]).choose(zero, 0, 999) == 1      # 7 %
-    assert chooser([1.0, 1.78]).choose(zero, -1, 999) == 1     # nothing runs yet
+    assert chooser([1.0, 1.68]).choose(zero, 0, 999) == 1 # 7 %
+    assert chooser([1.0, 1.78]).choose(zero, -1, 999) == 1                # nothing runs yet
     assert chooser([1.0, 1.85]).choose(zero, -1, 999) == 0
 
 
@@ -414,15 +415,30 @@ def test_a_change_must_pay_before_the_text_ends():
     zero = counts(1, {})
     # 1.8 tokens in 1.6 steps: 7 % better than none, but the caches take 4 * 0.6 steps
     assert chooser([1.0, 1.6]).choose(zero, 0, 33) == 0
-    assert chooser([1.0, 1.6]).choose(zero, 0, 99) == 1
+    assert chooser([1.0, 1.6]).choose(zero, 0, 45) == 1
     # fewer heads need nothing, and save nothing but the time of their rounds
     assert chooser([1.0, 2.0]).choose(zero, 1, 33) == 0
     assert chooser([1.0, 1.85]).choose(zero, 1, 33) == 1  # 3 % worse than none
-    # nor does a look pay where little is left
-    assert chooser([1.0, 1.1]).choose(zero, 0, 31) == 0
-    assert chooser([1.0, 1.1]).choose(zero, 0, 32) == 1
-    assert chooser([1.0, 2.0]).choose(zero, 1, 31) == 1
-    assert chooser([1.0, 1.1]).choose(zero, -1, 1) == 1   # a new text, however short
+    # a last token takes a round, whose drafts would be cut off
+    assert chooser([1.0, 1.1]).choose(zero, -1, 1) == 0
+    assert chooser([1.0, 1.1]).choose(zero, -1, 2) == 1
+
+
+def test_near_the_end_of_a_text_no_counts_are_fetched_from_a_gpu():
+    far = SimpleNamespace(is_cuda=True, numpy=lambda force: counts(1, {}).numpy())
+    assert chooser([1.0, 1.1]).choose(far, 0, 31) == 0
+    assert chooser([1.0, 1.1]).choose(far, 0, 32) == 1
+    assert chooser([1.0, 1.1]).choose(far, -1, 31) == 1   # a new text
+    assert chooser([1.0, 1.1]).choose(counts(1, {}), 0, 31) == 1
+
+
+def test_auto_is_told_how_much_is_left(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        HeadChoice, "choose", lambda self, accepted, now, left: told.append(left) or 0
+    )
+    generate(make_model(), [[0, 1, 2], [1]], 7, heads="auto")
+    assert told == [6, 5, 4, 3, 2, 1, 0], told
 
 
 # ---- costs
