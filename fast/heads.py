@@ -21,7 +21,7 @@ PRIOR_DRAFTS = 32  # with the weight of so many drafts (pseudo-counts)
 HEAD_DRAFTS = 8    # a head's AR is drawn to the mean of all, with the weight of so many drafts
 SWITCH = 0.05      # hysteresis: another number of heads must be so much better, for AR is noisy
 CATCH_UP = 4       # to fill the cache of a head that sat out takes as long as so many of its drafts
-SHORT = 32         # on a GPU: with fewer tokens left, no change is worth a look at the counts
+SHORT = 16         # with fewer tokens left, no change is worth a look at the counts
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 16     # with so many rows, a matrix product takes as long as with one,
@@ -55,7 +55,7 @@ class HeadChoice:
         still lacks -> how many heads should run next"""
         if now < 0:                                       # a new text
             self.past = 0
-        elif accepted.is_cuda and left < SHORT:
+        elif left < SHORT:
             return now
         recent = accepted.numpy(force=True) - self.past
         self.past = self.past + recent * max(0, 1 - self.memory / max(1, recent.sum()))
