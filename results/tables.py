@@ -904,5 +904,7 @@ def write(folder, rows):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["gpu"], ["tiny"]):
+        sys.exit("usage: python results/tables.py [gpu | tiny]")
     place = Path(__file__).resolve().parent / (sys.argv[1] if len(sys.argv) > 1 else "gpu")
     write(place, read(place / "runs.jsonl"))

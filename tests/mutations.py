@@ -368,7 +368,7 @@ MUTATIONS = [
      "predicted_speedup=expected * ms_step / ms_round", "predicted_speedup=expected * ms_round / ms_step",
      ["test_bench.py::test_rows_with_a_clock_that_counts_forwards"]),
     ("Ctrl-C throws away what the bench has measured", "results/bench.py",
-     "        if not kept:\n            raise\n", "        raise\n",
+     "        bar.close()\n    count = min", "        bar.close()\n        raise\n    count = min",
      ["test_bench.py::test_what_was_measured_before_ctrl_c_is_printed"]),
 
     # ---- results/acceptance.py
@@ -516,6 +516,8 @@ def main(numbers):
 
 
 if __name__ == "__main__":
+    if not all(given == "--list" or given.isdecimal() for given in sys.argv[1:]):
+        sys.exit(__doc__)
     if "--list" in sys.argv:
         for n, (what, file, snippet, mistake, tests) in enumerate(MUTATIONS):
             print(f"{n:3} {file}: {what}\n      - {snippet.strip()}\n      + {mistake.strip()}\n      {', '.join(tests)}")
