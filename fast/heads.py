@@ -2,11 +2,10 @@
 fast/heads.py: how many MTP heads pay? heads="auto" of decode.py, on every device. Optional.
 
 A round with k heads emits 1 + AR_1 + AR_1 AR_2 + .. + AR_1 AR_2 .. AR_k tokens on average, where
-AR_j is how often head j's draft is accepted, given that those before it were. Between rounds, the
-number of heads is chosen with which the rest of the text takes the least time, the catching up of
-heads that sat out included. AR is counted while decoding. How long a
-round takes stands in a table: timed in the call itself, it would make the text depend on the clock,
-not on the seed alone.
+AR_j is how often head j's draft is accepted, given that those before it were; it is counted while
+decoding. Between rounds, the number of heads is chosen with which the rest of the text takes the
+least time, the catching up of heads that sat out included. How long a round takes stands in a
+table: timed in the call itself, it would make the text depend on the clock, not on the seed alone.
 """
 import json
 from pathlib import Path
