@@ -386,6 +386,7 @@ class Timed(NamedTuple):
     decoders: dict
     times: dict    # heads: (milliseconds of a round, of its drafts)
     stats: dict    # heads: list of Stats
+    seconds: dict  # heads: list of how long it took, the reading of the prompt included
     texts: list    # the continuations without heads
     kept: list     # count_accepted on these, added up
 
@@ -397,10 +398,11 @@ def bench_decoding(models, prompts, cfg, temperature, kinds=()):
     each prompt, because the speed of a computer changes within minutes
     -> a list for each model, of rows (dicts), first for all prompts, kind "", then for each kind of
     them. All but `looping` is without the prompts whose ordinary output is repetitive, unless all
-    are; times begin after the prompt has been read:
+    are; times begin after the prompt has been read, but for speedup_with_prompt:
 
     tokens_per_forward   of all prompts together
-    tokens_per_s, speedup   medians over prompts; the latter of the ratio to ordinary decoding
+    tokens_per_s, speedup, speedup_with_prompt   medians over prompts; the latter two of the ratio
+              to ordinary decoding
     ar, car   of the last head, and ars of all, teacher-forced, on the ordinary output (see
               count_accepted)
     predicted tokens per forward from car; speedup from it and from the times of one round
@@ -420,7 +422,8 @@ def bench_decoding(models, prompts, cfg, temperature, kinds=()):
             decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
         fixed = {heads: decoder for heads, decoder in decoders.items() if heads != "auto"}
         times = time_rounds(fixed, groups[0], cfg.tokens)
-        timed.append(Timed(model, decoders, times, {heads: [] for heads in decoders}, [], []))
+        stats, seconds = [{heads: [] for heads in decoders} for _ in range(2)]
+        timed.append(Timed(model, decoders, times, stats, seconds, [], []))
     options = [temperature, cfg.top_k or None, cfg.accept, cfg.draft_vocab or None]
     count = run_in_turns(timed, groups, cfg.tokens, options)
     return [model_rows(own, count, B, kinds, temperature) for own in timed]
@@ -444,7 +447,11 @@ def model_rows(own, count, B, kinds, temperature):
         shared = dict(kind=kind, prompts=len(members) * B, batch=B,
                       looping=sum(repetitive[i] for i in members))
         kept = sum(own.kept[i] for i in used)
-        rows += decoding_rows(own.decoders, stats, kept, own.times, weights, shared, temperature)
+        own_rows = decoding_rows(own.decoders, stats, kept, own.times, weights, shared, temperature)
+        for row in own_rows:
+            pairs = [(own.seconds[0][i], own.seconds[row["heads"]][i]) for i in used]
+            row.update(speedup_with_prompt=median([plain / (whole or 1) for plain, whole in pairs]))
+        rows += own_rows
     return rows
 
 
@@ -475,9 +482,11 @@ def run_in_turns(timed, groups, tokens, options):
     bar = tqdm(groups, "decode", unit="prompt" if len(groups[0]) == 1 else "batch")
     try:
         for group in bar:
-            for model, decoders, _, stats, texts, kept in timed:
+            for model, decoders, _, stats, seconds, texts, kept in timed:
                 for heads, decoder in decoders.items():
+                    begin = time.perf_counter()
                     ids, own = decode.run_decoder(decoder, group, tokens)
+                    seconds[heads].append(time.perf_counter() - begin)
                     stats[heads].append(own)
                     if heads == 0:
                         texts.append(ids)
@@ -635,8 +644,9 @@ COLUMNS = [                                               # title, key, how it i
     ("heads", "heads", ">5"), ("AR", "ar", "6.3f"), ("CAR", "car", "6.3f"),
     ("tok/fwd", "tokens_per_forward", "8.2f"), ("expected", "predicted_tokens_per_forward", "9.2f"),
     ("tok/s", "tokens_per_s", "9.1f"), ("vs plain", "speedup", "9.2f"),
-    ("predicted", "predicted_speedup", "10.2f"), ("vs 1 head", "over_one", "10.2f"),
-    ("ms/round", "ms_round", "9.3f"), ("draft", "ms_draft", "7.3f"), ("GB/s", "gb_per_s", "6.1f"),
+    ("+ prompt", "speedup_with_prompt", "9.2f"), ("predicted", "predicted_speedup", "10.2f"),
+    ("vs 1 head", "over_one", "10.2f"), ("ms/round", "ms_round", "9.3f"),
+    ("draft", "ms_draft", "7.3f"), ("GB/s", "gb_per_s", "6.1f"),
 ]
 
 

@@ -185,6 +185,9 @@ def test_rows_with_a_clock_that_counts_forwards(toy, rows):
             assert row["predicted_speedup"] == pytest.approx(expected / (1 + k))
             assert row["model_speedup"] == pytest.approx(row["tokens_per_forward"] / (1 + k))
             assert row["over_one"] == pytest.approx(row["tokens_per_s"] / some[0]["tokens_per_s"])
+            # every head reads the prompt, too
+            whole = 0.5 * (1 + k) * (19 / row["tokens_per_forward"] + 1)
+            assert row["speedup_with_prompt"] == pytest.approx(0.5 * 20 / whole)
             assert row["gb_per_s"] == pytest.approx(2 * weights / (1 + k) / 1e9)
     assert table[1]["tokens_per_forward"] > 1.2
     assert [row["temperature"] for row in table] == [0] * 4 + [1] * 4
