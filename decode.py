@@ -317,8 +317,8 @@ class Decoder:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(
-                    f"{name} is {value}; it must be from {low} to {high}, for this model has {K} "
-                    f"MTP heads (0 of them: ordinary decoding) and a vocabulary of {V}"
+                    f"{name} is {value}; it must be from {low} to {high} (this model has {K} MTP "
+                    f"heads and a vocabulary of {V}; heads = 0 is ordinary decoding)"
                 )
         if not 0 <= self.temperature < torch.inf:
             raise UserError(
