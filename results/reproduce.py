@@ -758,6 +758,8 @@ def parse():
     if not args.check and (args.more or args.quick or args.seed or args.record):
         parser.error("--quick, --seed, --record and flags of train.py go with --check; got "
                      + " ".join(sys.argv[1:]))
+    if args.check and (args.part, args.only) != ("all", ""):
+        parser.error("--check is a run of its own: give it without --part and --only")
     unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
     if unknown:
         raise UserError(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, "

@@ -904,6 +904,14 @@ def test_the_checks_flags_without_it_are_an_error(monkeypatch, capsys):
     assert end.value.code == 2 and "go with --check" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--part", "effect"), ("--only", "seed1")])
+def test_the_check_takes_no_part(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *option])
+    with pytest.raises(SystemExit) as end:
+        reproduce.main()
+    assert end.value.code == 2 and "without --part" in capsys.readouterr().err
+
+
 def test_a_run_of_train_py_is_read(tmp_path, monkeypatch):
     """results from its last line, the rest from its log; what stops it stops the check"""
     script = """
