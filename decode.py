@@ -266,14 +266,15 @@ class Decoder:
     with the round as a replayed CUDA graph.
 
     model   does the steps: a GPT, or fast.decode's wrapper of one
-    heads   the largest number of heads that a round may run, K;  k  how many run now, see use
-    width   rows that each of the k heads runs over in a round: k+1 (see draft), or least_width
+    heads   the largest number of heads that a round may run
+    k       how many run now, see use; K in the shapes of a round
+    width   rows that each of them runs over in a round: K+1 (see draft), or least_width
     buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
     n       (B,) position of the last known token
     limit   (B,) the largest n may become; a sequence with n = limit is finished, rounds leave it
-    valid   (K+1, B) of heads 1 .. k, the rows before valid[k] are in the cache, and correct
-    drafts  (B, k) what the last round drafted, for --trace
-    accepted  (K+1, K+1) histogram: how many forwards with k heads accepted a drafts, at [k, a]
+    valid   (heads+1, B) of heads 1 .. k, the rows before valid[k] are in the cache, and correct
+    drafts  (B, K) what the last round drafted, for --trace
+    accepted  (heads+1, heads+1) at [k, a]: how many forwards with k heads accepted a drafts
     why     which decoder this is, and why, in words (see make_decoder)
     """
 
@@ -409,8 +410,7 @@ class Decoder:
         return at, self.buffer[self.seq, at]
 
     def draft(self):
-        """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V). From here
-        on, K stands for self.k, the heads that run
+        """heads 1 .. K propose d_1 .. d_K, into buffer[n+1 ..] -> draft_probs (B, K, V)
 
         Why every head runs over rows n-K-1 .. n-1, not over row n-1 alone: the last round began at
         n' = n-a-1, so the a+1 rows n' .. n-1 are new. Of older rows, head k's row i read t_{i+k},
