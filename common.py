@@ -313,5 +313,5 @@ def run(main):
             sys.exit(f"{script}: rank {rank} stopped, because another process did")
         if not any(sign in text for sign in OUT_OF_MEMORY):
             raise
-        sys.exit(f"out of memory ({text}): train with a smaller --micro_batch, --block_size or "
-                 "model; decode with a smaller --batch or fewer --tokens")
+        sys.exit(f"out of memory ({text}): train with a small --micro_batch, a smaller "
+                 "--block_size or model; decode with a smaller --batch or fewer --tokens")

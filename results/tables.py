@@ -797,7 +797,7 @@ def paper_figure(plt, rows):
                        f"{method}, {PAPER_COLUMNS[kind]}")
     left.plot(list(PAPER), list(PAPER.values()), "k*", ms=9, ls="", label='the paper\'s "speedup"')
     for name, kind, label in (
-        ("loops", "greedy", "greedy, with texts that loop (computed)"),
+        ("loops", "greedy", "greedy, with texts that loop, computed"),
         (0, "no loops", "greedy, without these"), (1, "T = 1", "temperature 1"),
     ):
         range_line(right, clocks.get(("clock", name), {}), "MTP-D", LINES[kind],
@@ -824,6 +824,8 @@ def range_line(ax, values, method, line, label):
               for (own, heads), ratios in values.items() if own == method}
     for x, ratios in points.items():
         ax.plot([x, x], [min(ratios), max(ratios)], color=COLOUR[method], lw=3, alpha=0.3)
+    seeds = max(map(len, points.values()), default=0)
+    label += f" ({seeds} seed{'s' * (seeds > 1)})"
     fixed = sorted(set(points) - {32})
     if fixed:
         ax.plot(fixed, [statistics.mean(points[x]) for x in fixed], "o", ls=line, lw=1.3, ms=4,

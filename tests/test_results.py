@@ -254,6 +254,9 @@ def test_a_speed_without_one_head_says_nothing_about_it(written):
     r.update(heads="auto", predicted_speedup=None, ms_round=None, over_one=1.5)
     text, _ = written([row("speed", "speed", [r])])
     assert cells(text, "a")[2:] == ["auto", "2.00", "10", "1.00", "", "1.50", "", "0/1"]
+    one_kind = dict(r, kind="code")                       # as many prompts once more
+    text, _ = written([row("speed", "speed", [r, one_kind])])
+    assert cells(text, "a")[2] == "auto"                  # one line
 
 
 def test_without_matplotlib_there_are_tables_and_one_line(tmp_path, monkeypatch, capsys):
@@ -443,17 +446,17 @@ def test_the_figure_that_says_it_all(plt):
     paper = [(4, close(2.07)), (8, close(3.05)), (16, close(3.20))]
     fig = tables.paper_figure(plt, own_rows() + own_rows(reproduce.UNSEEN) + speed)
     left = drawn(fig)
-    assert left["MTP-D, own greedy text"] == [(8, close(2.75))]
-    assert left["MTP-D, own greedy text that does not loop"] == [(8, close(1.5))]
+    assert left["MTP-D, own greedy text (2 seeds)"] == [(8, close(2.75))]
+    assert left["MTP-D, own greedy text that does not loop (2 seeds)"] == [(8, close(1.5))]
     assert left['the paper\'s "speedup"'] == paper
     right = {line.get_label(): line.get_ydata() for line in fig.axes[-1].lines}
-    assert list(right["MTP-D, greedy, with texts that loop (computed)"]) == [2.0]
-    assert list(right["MTP-D, greedy, without these"]) == [1.6]
+    assert list(right["MTP-D, greedy, with texts that loop, computed (1 seed)"]) == [2.0]
+    assert list(right["MTP-D, greedy, without these (1 seed)"]) == [1.6]
     segments = [line.get_xydata().tolist() for line in fig.axes[-1].lines]
     assert [[27, 1.5], [38, 1.5]] in segments              # auto
     alone = drawn(tables.paper_figure(plt, speed))
     assert alone['the paper\'s "speedup"'] == paper
-    assert "MTP-D, own greedy text" in drawn(tables.paper_figure(plt, own_rows()))
+    assert "MTP-D, own greedy text (2 seeds)" in drawn(tables.paper_figure(plt, own_rows()))
     assert tables.paper_figure(plt, []) is None
     assert tables.paper_figure(plt, [timed_row(1, 0, ("K4_MTP-D", 8, 160, 3.0))]) is None
 
