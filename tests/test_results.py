@@ -909,6 +909,7 @@ def test_the_checks_flags_without_it_are_an_error(monkeypatch, capsys):
 
 @pytest.mark.parametrize("option", [("--part", "effect"), ("--only", "seed1")])
 def test_the_check_takes_no_part(option, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce.check, "compare_new_run", None)         # else minutes of training
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *option])
     with pytest.raises(SystemExit) as end:
         reproduce.main()
