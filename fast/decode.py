@@ -164,8 +164,8 @@ class FastDecoder(Decoder):
             self.use(k)
             replay = capture(super().advance, pool)
             self.graphs[k] = (replay, self.noise, self.drafts)
-        if self.auto:
-            for j in range(1, self.heads + 1):
+        if len(self.n) <= 16:                             # else a piece has rows enough to compute
+            for j in range(self.heads + 1):
                 self.rebuilds[j] = capture(partial(super().rebuild, [j], PREFILL), pool)
 
     def use(self, k):
@@ -174,11 +174,12 @@ class FastDecoder(Decoder):
             self.noise = self.graphs[k][1]
 
     def rebuild(self, parts, rows):
-        """Decoder.rebuild; what a head lacks is a graph, too, where PREFILL rows are enough"""
+        """Decoder.rebuild; where PREFILL rows are enough, a graph of them for each part"""
         if rows > PREFILL or not self.rebuilds.keys() >= set(parts):
             return super().rebuild(parts, rows)
         for j in parts:
-            self.rebuilds[j]()
+            hidden = self.rebuilds[j]()
+        return hidden
 
     def advance(self):
         if not self.graphs:
@@ -195,8 +196,8 @@ def recording_stream(device):
 
 @torch.no_grad()
 def capture(function, pool=None):
-    """record the kernels of one call, to be replayed by one launch -> the replay. Recordings may
-    share a memory pool if they never run at the same time"""
+    """record the kernels of one call -> a function that replays them by one launch, and returns the
+    same tensors. Recordings may share a memory pool if they never run at the same time"""
     stream = recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -208,11 +209,16 @@ def capture(function, pool=None):
     gc.disable()                     # to free an earlier Decoder's graphs would spoil the recording
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
-            function()
+            result = function()
     finally:
         if collecting:
             gc.enable()
-    return graph.replay
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
 
 
 # -----------------------------------------------------------------------------
