@@ -133,8 +133,9 @@ class FastModel:
 
 class FastDecoder(Decoder):
     """decode.Decoder on a FastModel: the small operations around the kernels are compiled, and a
-    round is replayed as a CUDA graph, one for each number of heads. The random numbers are drawn
-    outside of it: one seed gives the same ones as in the plain Decoder, while as many heads run"""
+    round is replayed as a CUDA graph, one for each number of heads; so is the reading of a prompt,
+    one for each part of the model. The random numbers are drawn outside of a round: one seed gives
+    the same ones as in the plain Decoder, while as many heads run"""
 
     why = "the fast path (Triton kernels in a CUDA graph)"
 
@@ -164,7 +165,7 @@ class FastDecoder(Decoder):
             self.use(k)
             replay = capture(super().advance, pool)
             self.graphs[k] = (replay, self.noise, self.drafts)
-        if len(self.n) <= 16:                             # else a piece has rows enough to compute
+        if len(self.n) <= 16:  # with more, the work outweighs the launches
             for j in range(self.heads + 1):
                 self.rebuilds[j] = capture(partial(super().rebuild, [j], PREFILL), pool)
 
@@ -384,6 +385,18 @@ if triton is not None:
             a = (a_32 * gain[None, :]).to(a.dtype)
         return tl.dot(a, w, y, input_precision="ieee"), square
 
+    @triton.jit
+    def prefetch(weight_ptr, n, N, stride, K: tl.constexpr):
+        """bring K columns of the rows n of a weight into the L2 cache, 128 bytes at a time"""
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(K, LINE))
+        k = tl.minimum(tl.arange(0, lines) * LINE, K - 1)
+        line_ptr = weight_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * stride + k[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line_ptr], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )
+
     # in plain PyTorch: linear_by_torch
     @triton.jit
     def skinny_matmul_kernel(
@@ -393,10 +406,25 @@ if triton is not None:
     ):
         """BN columns of the output for 16 rows, as many as a tensor core takes. Its cost is reading
         the weights once"""
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        m = tl.program_id(0) * 16 + tl.arange(0, 16)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
+        stride = K
+        weight2_ptr = weight_ptr
+        if ACTIVATION == "swiglu":   # the second half of the weight's rows
+            weight2_ptr += N * K
+        elif x2_ptr is not None:     # of its columns
+            weight2_ptr += K
+            stride = 2 * K
+        if PDL:
+            # the next kernel may start at once, and fetches its weights while this one runs. With
+            # more rows, or weights larger than the cache, that was slower
+            if (M <= 16) & (N <= 8192):
+                prefetch(weight_ptr, n, N, stride, K)
+                if x2_ptr is not None:
+                    prefetch(weight2_ptr, n, N, stride, K)
+            tl.extra.cuda.gdc_wait()
+            if M <= 16:
+                tl.extra.cuda.gdc_launch_dependents()
+        m = tl.program_id(0) * 16 + tl.arange(0, 16)
         valid = (m < M)[:, None] & (n < N)[None, :]
         y = tl.zeros((16, BN), tl.float32)
         square = tl.zeros((16, BK), tl.float32)
@@ -407,16 +435,10 @@ if triton is not None:
             for start in range(0, K, BK):
                 k = start + tl.arange(0, BK)
                 y, square = add_product(
-                    y, square, x_ptr, norm_ptr, source, weight_ptr, n, m, k, M, N, K, K
+                    y, square, x_ptr, norm_ptr, source, weight_ptr, n, m, k, M, N, stride, K
                 )
         else:  # both in one loop: their weights travel at the same time
             source2 = row_index(rows2_ptr, m, M, T, S2)
-            if ACTIVATION == "swiglu":  # the second half of the rows
-                weight2_ptr = weight_ptr + N * K
-                stride = K
-            else:                       # of the columns
-                weight2_ptr = weight_ptr + K
-                stride = 2 * K
             for start in range(0, K, BK):
                 k = start + tl.arange(0, BK)
                 y, square = add_product(
@@ -470,6 +492,8 @@ if triton is not None:
         over the cache, BS slots at a time. Heads that share keys all write them, the same ones"""
         if PDL:
             tl.extra.cuda.gdc_wait()
+            if tl.num_programs(0) // H * T <= 16:
+                tl.extra.cuda.gdc_launch_dependents()
         b = tl.program_id(0) // H
         h = tl.program_id(0) % H
         g = h // (H // G)

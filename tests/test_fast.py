@@ -470,6 +470,8 @@ class Compiled:
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         shared = made.metadata.shared
         assert shared <= 99 * 1024, (self.kernel, signature, fixed, shared)
+        fetches = "prefetch.global.L2" in made.asm["ptx"]
+        assert fetches == (arch >= 90 and "skinny" in self.kernel.__name__)
         print("compiled", self.kernel.__name__)
 
 for module in (fast.decode, fast.loss):
