@@ -431,7 +431,8 @@ class Decoder:
         """logits of head k (B, V), the places of the tokens it read (B, width), random numbers ->
         its probabilities (B, V) if the rule asks for them (the others want one fixed token), the
         tokens that head k+1 reads, and their places. Writes d_k into the buffer"""
-        at = at + 1                                       # the last of these places is d_k's
+        last = at[:, -1:] + 1                             # the place of d_k
+        at = at + 1
         probs = None
         if self.rule == "residual":
             probs = probabilities(logits, self.temperature, self.top_k)
@@ -440,8 +441,8 @@ class Decoder:
         else:
             draft = argmax(logits)
         # same as reading after the write, but saves a kernel launch
-        tokens = torch.where(at == at[:, -1:], draft[:, None], self.buffer[self.seq, at])
-        self.buffer[self.seq[:, 0], at[:, -1]] = draft
+        tokens = torch.where(at == last, draft[:, None], self.buffer[self.seq, at])
+        self.buffer[self.seq, last] = draft[:, None]
         return probs, tokens, at
 
     def verify(self):
