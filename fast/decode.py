@@ -375,9 +375,11 @@ if triton is not None:
     ):
         """add the product of BK columns to y (16, BN), and their squares to `square` (16, BK)"""
         w_ptr = weight_ptr + n[None, :].to(tl.int64) * stride + k[:, None]
-        w = tl.load(w_ptr, mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
+        w_mask = (n < N)[None, :] & (k < K)[:, None]
+        w = tl.load(w_ptr, mask=w_mask, other=0.0)
         a_ptr = x_ptr + source[:, None] * K + k[None, :]
-        a = tl.load(a_ptr, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        a_mask = (m < M)[:, None] & (k < K)[None, :]
+        a = tl.load(a_ptr, mask=a_mask, other=0.0)
         if norm_ptr is not None:
             a_32 = a.to(tl.float32)
             square += a_32 * a_32
@@ -391,7 +393,8 @@ if triton is not None:
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
         lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(K, LINE))
         k = tl.minimum(tl.arange(0, lines) * LINE, K - 1)
-        line_ptr = weight_ptr + tl.minimum(n, N - 1)[:, None].to(tl.int64) * stride + k[None, :]
+        n = tl.minimum(n, N - 1).to(tl.int64)
+        line_ptr = weight_ptr + n[:, None] * stride + k[None, :]
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line_ptr], dtype=tl.int32,
             is_pure=False, pack=1,
@@ -477,7 +480,8 @@ if triton is not None:
         i = tl.arange(0, HD)
         sign = tl.where(i < HD // 2, -1.0, 1.0)
         x = tl.load(x_ptr + row[:, None] + i[None, :]).to(tl.float32)
-        other = tl.load(x_ptr + row[:, None] + (i + HD // 2)[None, :] % HD).to(tl.float32)
+        opposite = (i + HD // 2) % HD
+        other = tl.load(x_ptr + row[:, None] + opposite[None, :]).to(tl.float32)
         cos = tl.load(rope_ptr + p[:, None] * HD + i[None, :])
         sin = tl.load(rope_ptr + (length + p)[:, None] * HD + i[None, :])
         return x * cos + other * sign[None, :] * sin
