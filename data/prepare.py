@@ -44,7 +44,7 @@ HERE = Path(__file__).resolve().parent
 if not __package__:  # run as a script: make the package of this file importable
     sys.path.insert(0, str(HERE.parent))
 
-from data.dataset import FILES, META_KEYS, load_dataset  # noqa: F401 (for other scripts)
+from data.dataset import FILES, META_KEYS, load_dataset, read_json  # noqa: F401 (for others)
 from data.download import FINEWEB_SHARDS, GPT2_EOT, fetch_fineweb, fetch_shakespeare, read_shard
 from data.errors import UserError, printable, show
 from data.reader import EOT_TEXT, check_path, read_documents, text_files
@@ -300,6 +300,11 @@ def check_arguments(source, tokenizer, shards, sample_mb, val):
         if not str(val):  # Path("") is the current folder
             raise UserError("the path of the validation text is empty")
         check_path(Path(val))
+        if source not in DEFAULT_TOKENIZER:
+            both = paths_of(source) & paths_of(val)
+            if both:
+                raise UserError(f"{min(both)} belongs to {source} and to the validation text, and "
+                                "would be trained on: move it out of one of them")
     parse_tokenizer(tokenizer)
     in_range = 1 <= shards <= FINEWEB_SHARDS
     if source == "fineweb-edu" and (tokenizer != "gpt2" or val is not None or not in_range):
@@ -308,6 +313,10 @@ def check_arguments(source, tokenizer, shards, sample_mb, val):
                         f"{shards}, val {val}")
     if not sample_mb > 0:
         raise UserError(f"sample_mb is {sample_mb}, expected MB above 0")
+
+
+def paths_of(text):
+    return {str(file.resolve()) for file in text_files(Path(text))}
 
 
 @contextlib.contextmanager
@@ -339,6 +348,20 @@ def clear_leftovers(out):
                     os.replace(folder, out)
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def name_of(source):
+    return source if source in DEFAULT_TOKENIZER else Path(source).name
+
+
+def check_same_source(out, source):
+    """Two texts can have one name, and so the same folder where --out isn't given."""
+    try:
+        found = read_json(out / "meta.json").get("source")
+    except (UserError, AttributeError):  # there is none, or it is damaged: nothing is lost
+        return
+    if found not in (None, name_of(source)):
+        raise UserError(f"{out} holds another text ({found}): choose another folder with --out")
 
 
 def make_room(out, part, old):
@@ -396,8 +419,7 @@ def write_dataset(source, tokenizer, part, shards, sample_mb, quiet, val):
     if spec["kind"] == "bpe":  # long, so that it lies beside meta.json, which stays readable
         (part / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
         spec = {"kind": "bpe", "file": "tokenizer.json"}
-    name = source if source in DEFAULT_TOKENIZER else Path(source).name
-    meta = {"tokenizer": spec, "source": name, "python": platform.python_version(), **meta}
+    meta = {"tokenizer": spec, "source": name_of(source), "python": platform.python_version(), **meta}
     (part / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     return meta
 
@@ -418,11 +440,16 @@ def prepare(source="stories", tokenizer=None, out=None, shards=1, sample_mb=2.0,
         title = source
         if source not in DEFAULT_TOKENIZER:
             title = Path(source).resolve().name.split(".")[0] or "text"
+            if title in DEFAULT_TOKENIZER:  # its folder is the known source's
+                title += "-text"
+        by_name = out is None
         out = Path(out or HERE / f"{title}-{tokenizer.replace(':', '')}").resolve()
         if not out.name:
             raise UserError(f"{out} can't be replaced: choose another folder with --out")
         part, old = temporary(out, "part"), temporary(out, "old")
         clear_leftovers(out)
+        if by_name:
+            check_same_source(out, source)
         make_room(out, part, old)
         try:
             meta = write_dataset(source, tokenizer, part, shards, sample_mb, quiet, val)

@@ -18,6 +18,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -77,8 +78,12 @@ def make_config(path, settings, vocab_size, column):
     """Settings under GGUF's names (column 0) or those of config.json (column 1) -> GPTConfig."""
     sizes = {}
     for name, names in SIZES.items():
-        if names[column] in settings:
-            sizes[name] = settings[names[column]]
+        value = settings.get(names[column])
+        if value is not None:
+            sizes[name] = value
+            if name not in ("rope_base", "norm_eps") and type(value) is not int:
+                raise UserError(f"{path} says {value!r:.60} for {names[column]}; expected a whole "
+                                "number: it is damaged")
         elif name not in ("n_kv_head", "rope_base"):      # these have defaults
             raise UserError(f"{path} does not say {names[column]}: it is damaged, or no language "
                             "model")
@@ -104,9 +109,15 @@ def half_rotation(weight, head_size):
 
 def load_weights(path, tensors, config, from_gguf, dtype):
     """Tensors by GGUF's names -> GPT in that dtype. Each is used, or named in an error."""
+    rest = dict(tensors)
+    # before anything of a wrong size is made
+    last = f"blk.{config.n_layer - 1}.attn_norm.weight"
+    if last not in tensors:
+        raise UserError(f"{path} lacks the tensor {last}: it is damaged, or another kind of model")
+    if config.block_size > 2**24:
+        reject(path, f"a context of {config.block_size:,} tokens")
     torch.manual_seed(0)
     model = GPT(config).to(dtype)
-    rest = dict(tensors)
     head_size = config.n_embd // config.n_head
     values = config.n_kv_head * head_size                 # the last rows of qkv are v's
 
@@ -175,15 +186,16 @@ def byte_letters():
     return letters
 
 
-def chat_form(template):
+def chat_form(template, special):
     """The frame of one user's message ({} in its place) from a model's template, a program in
-    Jinja; None unless it is the usual form with <|im_start|>."""
-    if not isinstance(template, str) or "<|im_start|>" not in template:
+    Jinja; None unless it is the usual form with <|im_start|>, which is a special token."""
+    start = "<|im_start|>"
+    if not isinstance(template, str) or start not in template or start not in special:
         return None
     template = template.replace("\\n", "\n")
     system = re.search(r"<\|im_start\|>system\n[^'\"{}]*<\|im_end\|>\n", template)
-    start = system[0] if system else ""           # the default system message
-    return start + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    message = system[0] if system else ""         # the default one
+    return message + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def make_spec(path, tokens, special, merges, split, end, unknown, template):
@@ -196,7 +208,7 @@ def make_spec(path, tokens, special, merges, split, end, unknown, template):
     if split not in PATTERNS:
         raise UserError(f"{path} cuts text into words by the rule {split!r}; expected one of "
                         f"{', '.join(PATTERNS)}: use another model")
-    if not isinstance(end, int):
+    if not isinstance(end, int) or not 0 <= end < len(tokens):
         raise UserError(f"{path} does not say which token ends a text: it is damaged")
     ids = {token: i for i, token in enumerate(tokens)}
     special = {tokens[i]: i for i in sorted(special)}
@@ -213,7 +225,7 @@ def make_spec(path, tokens, special, merges, split, end, unknown, template):
         raise UserError(f"{path}: its tokenizer is not a byte-level BPE (of {error} nothing is "
                         "known); use another model") from None
     return {"kind": "pretrained", "pattern": PATTERNS[split], "tokens": data, "order": order,
-            "special": special, "eot": eot, "end": end, "chat": chat_form(template)}
+            "special": special, "eot": eot, "end": end, "chat": chat_form(template, special)}
 
 
 def gguf_tokenizer(path, settings):
@@ -334,13 +346,19 @@ def read_folder(path):
 def load_pretrained(path, dtype):
     """-> (GPT, spec of its tokenizer, sha256 of the files)"""
     from_gguf = path.suffix not in (".safetensors", ".json") and path.is_file()
-    files, tensors, settings, spec = read_gguf(path) if from_gguf else read_folder(path)
-    vocab_size = tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0
-    if vocab_size < len(spec["tokens"]):
-        raise UserError(f"{path} has {vocab_size:,} embeddings for {len(spec['tokens']):,} tokens: "
-                        "it is damaged, or another kind of model")
-    Tokenizer(spec)
-    config = make_config(path, settings, vocab_size, 0 if from_gguf else 1)
+    try:
+        files, tensors, settings, spec = read_gguf(path) if from_gguf else read_folder(path)
+        embedding = tensors.get("token_embd.weight")
+        vocab_size = embedding.shape[0] if embedding else 0
+        if vocab_size < len(spec["tokens"]):
+            raise UserError(f"{path} has {vocab_size:,} embeddings for {len(spec['tokens']):,} "
+                            "tokens: it is damaged, or another kind of model")
+        Tokenizer(spec)
+        config = make_config(path, settings, vocab_size, 0 if from_gguf else 1)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        # an entry of another type than it should have
+        raise UserError(f"{path} is damaged, or of a form that is not known here "
+                        f"({type(error).__name__}: {error})") from error
     model = load_weights(path, tensors, config, from_gguf, dtype)
     digest = hashlib.sha256()
     for file in files:
@@ -358,7 +376,8 @@ def main():
                         help="store the weights as float32 (default: float16, half the size)")
     args = parser.parse_args()
     path = find_source(args.source)
-    name = args.source if args.source == "smollm2" else path.resolve().stem
+    name = path.resolve().name if path.is_dir() else path.resolve().stem
+    name = args.source if args.source == "smollm2" else name
     out = Path(args.out or f"out/{name}")
     dtype = torch.float32 if args.float32 else torch.float16
     try:
@@ -368,13 +387,15 @@ def main():
             raise
         raise UserError(f"not enough memory for the weights of {path}; use a smaller "
                         "model") from None
-    keep_old(out)
     train_config = {**PRESET, "data": f"data/{out.name}-self", "out": str(out)}
     train_config["block_size"] = min(PRESET["block_size"], model.config.block_size)
     for name in ("n_layer", "n_head", "n_embd"):   # train.py compiles a deep model block by block
         train_config[name] = getattr(model.config, name)
-    save_checkpoint(out / "ckpt.pt", model, tokenizer=spec, step=0, train_config=train_config,
+    new = out / "new.pt"                           # what is there is moved once this is complete
+    save_checkpoint(new, model, tokenizer=spec, step=0, train_config=train_config,
                     source=path.name, source_sha256=digest)
+    keep_old(out)
+    os.replace(new, out / "ckpt.pt")
     show(f"{path.name}: {model.config}")
     show(f"{model.count_parameters()['total']:,} parameters; checkpoint {out / 'ckpt.pt'}")
 

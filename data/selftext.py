@@ -35,7 +35,7 @@ if not __package__:  # run as a script: make the project importable
     sys.path.insert(0, str(HERE.parent))
 
 import decode
-from common import UserError, check_flags, flag, parse, run
+from common import UserError, check_flags, checkpoint_file, flag, parse, run
 from data.errors import show
 from data.prepare import find_dataset, load_dataset, system_errors
 from data.reader import read_prompts
@@ -49,7 +49,8 @@ VAL_EVERY = 53     # one row of so many is for validation; a prime: of each kind
 class SelfTextConfig:
     tokens: int = flag(52_000_000, "tokens to write, about", min=1000)
     prompts: str = flag("", "chat | start | val | PATH | chat:PATH, with commas; empty: chat,start "
-                        "for a model with a chat template, else val")
+                        "for a model with a chat template, start for another pretrained one, val "
+                        "for one of train.py")
     temperature: str = flag("1", "one, or several with commas, for equal parts of the text")
     length: int = flag(512, "tokens of a row; at most the model's context", min=8)
     batch: int = flag(0, "rows at a time; 0: 512 on a GPU, else 16", min=0)
@@ -71,7 +72,11 @@ def prompt_source(name, tokenizer, meta, length, rng):
     size = min(PROMPT, length // 2)                # of a text that is to be continued
     if name == "val":
         config = meta["train_config"]
-        _, ids, _ = load_dataset(find_dataset(config["data"], config.get("tokenizer", "")))
+        folder = find_dataset(config["data"], config.get("tokenizer", ""))
+        _, ids, prepared = load_dataset(folder)
+        if prepared["tokenizer"] != tokenizer.spec:
+            raise UserError(f"{folder} has another tokenizer than the checkpoint: it was prepared "
+                            "again since; give other --prompts")
         last = max(1, len(ids) - size)
 
         def window():
@@ -113,16 +118,18 @@ def rows(model, cfg, sources, temperatures, bar):
     """yield rows of text, prompt and continuation, as lists of ids; no row is ended by a token"""
     generator = torch.Generator(device=model.weight.device).manual_seed(cfg.seed)
     length = min(cfg.length, model.config.block_size)
+    written = 0                                    # the bar does not count where it is disabled
     for i, temperature in enumerate(temperatures, 1):
         decoder = decode.make_decoder(model, cfg.batch, length, 0, temperature,
                                       generator=generator, fast=cfg.fast)
         bar.write(f"temperature {temperature:g}: {decoder.why}")
-        while bar.n < cfg.tokens * i // len(temperatures):
+        while written < cfg.tokens * i // len(temperatures):
             prompts = [sources[row % len(sources)]() for row in range(cfg.batch)]
             room = length - max(map(len, prompts))
             texts, stats = decode.run_decoder(decoder, prompts, room)
             for prompt, text in zip(prompts, texts):
                 yield prompt + text
+            written += stats.tokens
             bar.update(stats.tokens)
         del decoder                                # its cache, before the next one is made
 
@@ -156,12 +163,15 @@ def write_text(model, cfg, sources, temperatures, tokenizer, folder):
 
 def write_dataset(path, cfg):
     """a checkpoint's own text -> the folder, which appears when it is complete"""
+    path = checkpoint_file(path)
+    checkpoint_sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     model, tokenizer, meta = decode.load(path, cfg.device, cfg.dtype)
     name = path.resolve().parent.name
     out = Path(cfg.out or f"data/{name}-self")
     if out.exists():
         raise UserError(f"{out} exists; remove it, or choose another folder with --out")
-    prompts = cfg.prompts or ("chat,start" if tokenizer.spec.get("chat") else "val")
+    usual = "start" if "source" in meta else "val"  # a pretrained model's text is not here
+    prompts = cfg.prompts or ("chat,start" if tokenizer.spec.get("chat") else usual)
     temperatures = parse_temperatures(cfg.temperature)
     rng = np.random.default_rng(cfg.seed)
     length = min(cfg.length, model.config.block_size)
@@ -173,12 +183,15 @@ def write_dataset(path, cfg):
     part.mkdir(parents=True)
     try:
         count = write_text(model, cfg, sources, temperatures, tokenizer, part)
+        if count["documents"] < 2:
+            raise UserError("that is one row, and both training and validation need some: give "
+                            "more --tokens, a shorter --length or a larger --batch")
         (part / "tokenizer.json").write_text(json.dumps(tokenizer.spec), encoding="utf-8")
         described = {
             "tokenizer": {"kind": tokenizer.spec["kind"], "file": "tokenizer.json"},
             "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "split": "by row",
             "source": f"self-text of {name}", "python": platform.python_version(),
-            "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "prompts": prompts,
+            "checkpoint_sha256": checkpoint_sha256, "prompts": prompts,
             "temperature": temperatures, "seed": cfg.seed, "length": length, "batch": cfg.batch,
             **count,
         }

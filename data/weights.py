@@ -74,7 +74,7 @@ def place(path, name, kind, shape, data, start, end=None):
     count = math.prod(shape)
     stop = start + count // numbers * size
     # blocks do not cross the end of a row
-    if not shape or shape[-1] % numbers or end not in (None, stop):
+    if not shape or min(shape) < 1 or shape[-1] % numbers or end not in (None, stop):
         raise UserError(f"{path} is damaged: {name} has the shape {shape}, which does not fit its "
                         f"bytes; {AGAIN}")
     if not 0 <= start <= stop <= len(data):
@@ -108,7 +108,9 @@ class Gguf:
                             "version 2 or 3, or a .safetensors file")
         try:
             self.read(path)
-        except (struct.error, UnicodeDecodeError, KeyError, TypeError, OverflowError):
+        except UserError:
+            raise
+        except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
             raise UserError(f"{path} is cut short or damaged in its header; {AGAIN}") from None
 
     def read(self, path):
@@ -128,6 +130,8 @@ class Gguf:
         self.tensors = {}
         for name, shape, code, offset in entries:
             kind = GGUF_KINDS.get(code) or OTHER_KINDS.get(code, f"type {code}")
+            if name in self.tensors:
+                raise UserError(f"{path} is damaged: it holds {name} twice; {AGAIN}")
             self.tensors[name] = place(path, name, kind, shape, self.data, base + offset)
 
     def number(self, letter):

@@ -567,6 +567,32 @@ def test_an_out_that_can_not_be_replaced_fails_before_the_work(tmp_path, good, m
     assert sorted(tmp_path.iterdir()) == listing
 
 
+def test_a_validation_text_that_would_be_trained_on(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}", encoding="utf-8")
+    (tmp_path / "books").mkdir()
+    shutil.copy(tmp_path / "a.txt", tmp_path / "books")
+    for source, val in ((tmp_path, tmp_path / "b.txt"), (tmp_path / "a.txt", tmp_path / "a.txt"),
+                        (tmp_path / "books/a.txt", tmp_path)):
+        with pytest.raises(UserError, match="would be trained on: move it"):
+            P.prepare(source, "bytes", tmp_path / "out", val=val, quiet=True)
+    assert not (tmp_path / "out").exists()
+    P.prepare(tmp_path / "books", "bytes", tmp_path / "out", val=tmp_path / "b.txt", quiet=True)
+
+
+def test_texts_of_one_name_do_not_replace_one_another_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "HERE", tmp_path)
+    for name in ("books.v1", "books.v2", "stories"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}", encoding="utf-8")
+    made = P.prepare(tmp_path / "books.v1.txt", "bytes", quiet=True)
+    assert P.prepare(tmp_path / "books.v1.txt", "bytes", quiet=True) == made
+    with pytest.raises(UserError, match="books-bytes holds another text .books.v1.txt.: choose"):
+        P.prepare(tmp_path / "books.v2.txt", "bytes", quiet=True)
+    P.prepare(tmp_path / "books.v2.txt", "bytes", made, quiet=True)        # where it is asked for
+    own = P.prepare(tmp_path / "stories.txt", "bytes", quiet=True)
+    assert own.name == "stories-text-bytes"                  # train.py's --data stories is ours
+
+
 def test_prepare_again_replaces(tmp_path, good):
     P.prepare(tmp_path / "good.jsonl", "bytes", good, quiet=True)
     assert P.load_dataset(good)[2]["vocab_size"] == 257 and not (good / "tokenizer.json").exists()

@@ -332,6 +332,15 @@ def f16(*shape):
     (gguf_with(tensors={"blk.0.attn_k.weight": f16(G * HD, 32)}),
      r"attn_v has the shape .*\[32, 32\].* say \[128, 64\]"),
     (gguf_with({"llama.block_count": 3}), "lacks the tensor blk.2.attn_norm.weight"),
+    (gguf_with({"llama.block_count": 10**6}), "lacks the tensor blk.999999.attn_norm.weight"),
+    (gguf_with({"llama.block_count": 2.0}), "says 2.0 for block_count; expected a whole number"),
+    (gguf_with({"llama.context_length": 2**25}), "has a context of 33,554,432 tokens"),
+    (gguf_with({"general.alignment": 0}), "damaged in its header"),
+    (gguf_with({"tokenizer.ggml.merges": ["a b c"]}), "a form that is not known.*ValueError"),
+    (gguf_with({"tokenizer.ggml.token_type": [3] * 999}), "is not known here .IndexError"),
+    (gguf_with({"tokenizer.ggml.tokens": 5}), "is not known here .TypeError"),
+    (gguf_with({"tokenizer.ggml.eos_token_id": 10**6}), "which token ends a text"),
+    (lambda folder: folder_with()(folder).parent / "config.json", "KeyError: 'weight_map'"),
     (gguf_with({"llama.block_count": 1}), "has the tensor blk.1.attn_k.weight"),
     (gguf_with(tensors={"blk.0.attn_q.bias": f16(D)}),
      "has the tensor blk.0.attn_q.bias; model.py can't"),
@@ -374,6 +383,43 @@ def test_what_cannot_be_loaded_is_one_line_and_nothing_is_written(make, found, t
     with pytest.raises(SystemExit, match=found) as caught:
         common.run(pretrained.main)
     assert "\n" not in caught.value.code and not (tmp_path / "made").exists()
+
+
+def test_a_tensor_that_is_there_twice(tmp_path):
+    name = b"blk.1.attn_norm.weight"
+    path = gguf_with()(tmp_path)
+    path.write_bytes(path.read_bytes().replace(name, b"blk.0.attn_norm.weight"))
+    with pytest.raises(UserError, match="it holds blk.0.attn_norm.weight twice"):
+        pretrained.load_pretrained(path, torch.float32)
+
+
+def test_the_model_before_stays_where_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    toy_checkpoint(tmp_path, monkeypatch)
+    toy_checkpoint(tmp_path, monkeypatch)
+    folder = tmp_path / "out/toy"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert set(before) == {"ckpt.pt", "ckpt.old.pt"}
+
+    def full(*args):
+        raise OSError(28, "no space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="what was there before is unchanged"):
+        toy_checkpoint(tmp_path, monkeypatch)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_folder_gives_the_checkpoint_its_whole_name(tmp_path, monkeypatch):
+    folder_with()(tmp_path)
+    (tmp_path / "toy").rename(tmp_path / "toy-3.1")
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", "toy-3.1"])
+    pretrained.main()
+    assert (tmp_path / "out/toy-3.1/ckpt.pt").exists()
+
+
+def test_a_template_of_tokens_that_are_not_special_is_none():
+    settings = gguf_settings(**{"tokenizer.ggml.token_type": [1] * len(tokens())})
+    assert pretrained.gguf_tokenizer("toy", gguf_settings())["chat"]
+    assert pretrained.gguf_tokenizer("toy", settings)["chat"] is None
 
 
 def test_rope_parameters_of_newer_files(tmp_path):

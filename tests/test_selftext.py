@@ -1,12 +1,15 @@
 """data/selftext.py: a toy writes a dataset; every kind of prompt, the rows, the numbers, bad
 requests."""
+import dataclasses
 import hashlib
+import itertools
 import sys
 
 import numpy as np
 import pytest
 import torch
 from test_pretrained import gguf_settings, tokens
+from tqdm import tqdm
 
 import common
 import decode
@@ -108,6 +111,47 @@ def test_own_models_continue_their_validation_text(own, monkeypatch, tmp_path):
     _, held_out, _ = load_dataset(tmp_path / "text")
     assert meta["prompts"] == "val" and meta["tokenizer"] == {"kind": "bytes"}
     assert bytes(val[1:16].tolist()) in held_out.astype(np.uint8).tobytes()
+
+
+def test_their_text_must_be_in_their_tokenizer(own, monkeypatch, tmp_path):
+    prepare(tmp_path / "my.txt", "bpe:280", tmp_path / "text", quiet=True)
+    with pytest.raises(SystemExit, match="text has another tokenizer than the checkpoint"):
+        write(monkeypatch, own)
+
+
+def test_a_pretrained_model_without_a_template_begins_texts(own, chatty, monkeypatch):
+    model, meta = common.load_checkpoint(own)
+    common.save_checkpoint(own, model, **{**meta, "source": "toy.gguf"})
+    assert write(monkeypatch, own)[2]["prompts"] == "start"
+    model, meta = common.load_checkpoint(chatty)
+    common.save_checkpoint(chatty, model, **{**meta, "source": "toy.gguf"})
+    assert write(monkeypatch, chatty, out="more")[2]["prompts"] == "chat,start"
+
+
+def test_a_folder_is_its_checkpoint_and_a_silent_bar_counts(own, monkeypatch):
+    run, calls = decode.run_decoder, itertools.count()
+
+    def counted(*args):
+        assert next(calls) < 99, "it never ends"
+        return run(*args)
+    monkeypatch.setattr(decode, "run_decoder", counted)
+    made = write(monkeypatch, own, "--prompts=start")
+    monkeypatch.setattr(selftext, "tqdm", lambda **options: tqdm(**options, disable=True))
+    again = write(monkeypatch, own.parent, "--prompts=start", out="again")
+    assert made[2]["sha256"] == again[2]["sha256"]
+    assert made[2]["checkpoint_sha256"] == again[2]["checkpoint_sha256"]
+
+
+def test_one_row_is_no_dataset(own, monkeypatch, tmp_path):
+    run = decode.run_decoder
+
+    def more(decoder, prompts, new):
+        texts, stats = run(decoder, prompts, new)
+        return texts, dataclasses.replace(stats, tokens=1000)
+    monkeypatch.setattr(decode, "run_decoder", more)
+    with pytest.raises(SystemExit, match="one row, and both training and validation need some"):
+        write(monkeypatch, own, "--prompts=start", "--batch=1", "--tokens=1000")
+    assert not (tmp_path / "made").exists()
 
 
 def test_ids_of_a_padded_vocabulary_never_come_out(chatty, monkeypatch):
