@@ -113,15 +113,21 @@ class Runner:
                 file.write("\n")               # after a half line, the next row begins its own
 
     def add(self, **row):
+        """a result of this machine"""
         device = f"{check.processor()}, {os.cpu_count()} cores"
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
-        row = dict(row, device=device, torch=torch.__version__, python=platform.python_version(),
-                   commit=self.commit)
+        self.append(dict(row, device=device, torch=torch.__version__,
+                         python=platform.python_version(), commit=self.commit))
+
+    def append(self, row):
         with self.lock:
             self.rows.append(row)
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def wants(self, name):
+        return any(text in name for text in self.only)
 
     def has(self, name):
         return any(row["name"] == name for row in self.rows)
@@ -193,7 +199,7 @@ class Runner:
 
     def all(self, jobs, each=None):
         """jobs (name, part, command, labels); each=1 for those that are timed"""
-        wanted = [job for job in jobs if any(text in job[0] for text in self.only)]
+        wanted = [job for job in jobs if self.wants(job[0])]
         jobs = [job for job in wanted if not self.has(job[0])]
         self.restore(jobs)
 
@@ -397,8 +403,9 @@ def ablation(args, runner, sources):
             name = f"ablation {'' if text == 'prose' else text + ' '}{variant} seed{seed}"
             same = f"{text} K1 {TWINS.get(variant)} seed{seed}"
             twin = find_row(runner, same)
-            if twin and not runner.has(name):  # the same command has run in the part effect
-                runner.add(**{**twin, "name": name, "part": "ablation", "variant": variant})
+            if twin and runner.wants(name) and not runner.has(name):
+                # the same command has run in the part effect, perhaps on another machine
+                runner.append({**twin, "name": name, "part": "ablation", "variant": variant})
             jobs.append(train_job(args, args.scale, runner.work, name, "ablation", data, seed,
                                   f"{extra} --n_mtp 1 {beta} {more}", text=text, variant=variant))
     runner.all(jobs)

@@ -644,7 +644,7 @@ def tradeoff_figure(plt, rows):
     if not everything:
         return None
     # prose, where there is some; "prose, an earlier build" too
-    text = max(text for text, _ in everything).split(",")[0]
+    text = max((text for text, _ in everything), key=lambda t: t.startswith("prose")).split(",")[0]
     points = {}
     for t, variant in sorted(everything):
         if t.split(",")[0] == text and variant not in points:

@@ -735,14 +735,21 @@ def test_8_the_next_token_has_the_main_heads_distribution(monkeypatch, length, h
 
 
 def test_8_drafts_are_accepted(monkeypatch):
-    """Drafts come from the heads, and are accepted with min(1, p/q): a round that drafts nothing is
-    exact, too, and useless."""
+    """Draft k comes from head k, which has read the drafts before it, and is accepted with
+    min(1, p/q): a round that drafts less, or from another head, is exact, too, and slower."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2]
     found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, 2, 3.0))
-    main, head = model.all_logits(torch.tensor([tokens]))[:2]
-    both = torch.minimum((main[0, -1] / 3).softmax(-1), (head[0, -1] / 3).softmax(-1)).sum()
-    assert sum(w for block, w in found.items() if len(block) > 1) == pytest.approx(float(both))
+
+    def accepted(k, known):  # (V,) how probable it is that head k drafts this token, and is right
+        logits = model.all_logits(torch.tensor([known]))
+        return torch.minimum(*[(logits[j][0, -1] / 3).softmax(-1) for j in (0, k)])
+
+    first = accepted(1, tokens)
+    second = [float(accepted(2, [*tokens, d]).sum()) for d in range(3)]
+    both = sum(float(first[d]) * second[d] for d in range(3))
+    for n, want in ((1, float(first.sum())), (2, both)):
+        assert sum(w for block, w in found.items() if len(block) > n) == pytest.approx(want)
 
 
 # ---- 9. positions

@@ -172,6 +172,20 @@ def test_check_says_what_to_look_at_before_the_traceback(monkeypatch, capsys, ou
     assert "look at th" in told
 
 
+def test_a_skipped_test_is_not_passed(monkeypatch, capsys):
+    pretend_pytest_says(monkeypatch, 0, "2 passed, 1 skipped in 0.1s")
+    assert lab.check(ROOT, 5) == 1
+    assert "exercise 5: not yet. A test was skipped" in capsys.readouterr().out
+
+
+def test_a_function_on_one_line_is_not_taken_for_its_body(tmp_path):
+    lab.write(tmp_path / "a.py", "def f(x): return x\n\n\ndef g(x):\n    return x\n")
+    with pytest.raises(SystemExit, match="a.py, line 1: put the body of f on a line of its own"):
+        lab.set_body(tmp_path, "a.py::f", "    return 2")
+    lab.set_body(tmp_path, "a.py::g", "    return 2")
+    assert lab.read(tmp_path / "a.py").endswith("def f(x): return x\n\n\ndef g(x):\n    return 2\n")
+
+
 def test_check_says_what_is_next_and_what_is_needed(root, monkeypatch, capsys):
     pretend_pytest_says(monkeypatch, 0)
     assert lab.check(root, 5) == 0

@@ -805,6 +805,21 @@ def test_on_a_gpu_what_is_timed_for_plain_runs_alone(tmp_path, monkeypatch, comm
     assert with_times == {"python K0 same steps seed1", "python K4 MTP-D alone seed1"}
 
 
+def test_a_row_that_two_parts_share_keeps_its_machine(tmp_path, monkeypatch, commands):
+    path = tmp_path / "results" / "gpu" / "runs.jsonl"
+    path.parent.mkdir(parents=True)
+    origin = dict(device="another", torch="2.0", python="3.9", commit="old")
+    twin = dict(origin, name="python K1 MTP-D seed1", part="effect", text="python", K=1,
+                method="MTP-D", seed=1, result={})
+    path.write_text(json.dumps(twin) + "\n", encoding="utf-8")
+    gpu = ("--scale", "gpu", "--part", "ablation", "--only")
+    start(monkeypatch, tmp_path, *gpu, "no such run")
+    assert len(tables.read(path)) == 1
+    start(monkeypatch, tmp_path, *gpu, "default seed1")
+    copy, = [row for row in tables.read(path) if row["part"] == "ablation"]
+    assert copy["variant"] == "default" and {key: copy[key] for key in origin} == origin
+
+
 def test_divergences_of_the_ablation_exist():
     named = [text.split("--kl ")[1].split()[0] for text in reproduce.ABLATION.values()
              if "--kl " in text]
