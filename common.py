@@ -203,15 +203,15 @@ def keep_old(folder):
     """rename what an earlier run left in this folder, so that a new run destroys nothing: one
     generation is kept. best.pt and the log go with it, or they would pass for the new run's"""
     paths = [Path(folder) / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
-    if not any(path.exists() for path in paths[:2]):
-        if paths[2].exists():                  # of a run that saved nothing
-            paths[2].unlink()
-        return
-    for path in paths:
-        old = path.with_name(f"{path.stem}.old{path.suffix}")
-        old.unlink(missing_ok=True)            # of the generation before
-        if path.exists():
-            os.replace(path, old)
+    with writing(paths[0]):
+        if not any(path.exists() for path in paths[:2]):
+            paths[2].unlink(missing_ok=True)   # of a run that saved nothing
+            return
+        for path in paths:
+            old = path.with_name(f"{path.stem}.old{path.suffix}")
+            old.unlink(missing_ok=True)        # of the generation before
+            if path.exists():
+                os.replace(path, old)
     show(f"{folder} holds an earlier run; it is kept as ckpt.old.pt, with its best.old.pt and "
          "log.old.jsonl")
 
@@ -297,7 +297,7 @@ def run(main):
     except KeyboardInterrupt:
         advice = ""
         if script in ("train.py", "extend.py"):
-            advice = "; training continues from its last checkpoint with --resume OUT/ckpt.pt"
+            advice = "; --resume OUT/ckpt.pt continues from the last checkpoint, if there is one"
         sys.exit(f"\ninterrupted{advice}")
     except BrokenPipeError:                    # `.. | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -293,6 +293,8 @@ class Decoder:
             from fast.heads import HeadChoice
 
             self.auto = HeadChoice(model, batch, draft_vocab, costs)
+        elif costs is not None:
+            raise UserError("costs have no effect without heads=\"auto\" (--heads auto)")
         self.temperature = temperature
         self.top_k = top_k
         self.accept_rule = accept
@@ -503,8 +505,8 @@ def token_lists(prompts):
         return [prompts]
     for prompt in prompts:
         if not isinstance(prompt, list) or not all(isinstance(t, int) for t in prompt):
-            raise UserError("prompts are lists of token ids, not text: encode it first, with "
-                            "Tokenizer(meta['tokenizer']).encode(text)")
+            raise UserError("prompts are lists or tensors of token ids (int): encode a text first, "
+                            "with Tokenizer(meta['tokenizer']).encode(text)")
     return prompts
 
 
@@ -768,8 +770,6 @@ def main():
     text = tokenizer.decode(ids)
     if tracing:
         show(f"\n{tokenizer.decode(prompt)}{text}")
-    if cfg.svg:
-        write_file(cfg.svg, svg(rounds), "--svg")
     T = model.config.block_size
     if len(prompt) + len(ids) == T < len(prompt) + cfg.tokens:
         print(f"\nthe context of {T} tokens leaves room for {len(ids)} new ones")
@@ -783,6 +783,8 @@ def main():
     )
     if rest["json"]:
         print(json.dumps(dict(text=text, ids=ids, **asdict(stats))))
+    if cfg.svg:
+        write_file(cfg.svg, svg(rounds), "--svg")
 
 
 if __name__ == "__main__":

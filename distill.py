@@ -58,7 +58,9 @@ def total_variation(log_p, log_q):
 
 
 # name -> function of log-probabilities, log_p the student's and log_q the teacher's:
-# (.., N) and (.., N) -> (..)
+# (.., N) and (.., N) -> (..). Its slope must be finite where the two are equal, as they are in the
+# row that mtp_d_loss drops: a square root of a divergence has an infinite one, and 0 times that is
+# nan in every gradient
 DIVERGENCES = {
     "forward": forward_kl, "reverse": reverse_kl, "hybrid": hybrid_kl, "tv": total_variation,
 }
@@ -124,7 +126,7 @@ def count_top_n(n, vocab_size):
             "below 1"
         )
     if n < 1:
-        n = max(1, round(n * vocab_size))
+        n = max(2, round(n * vocab_size))      # one logit would have no KL
     return min(vocab_size, int(n))
 
 

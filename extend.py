@@ -10,8 +10,9 @@ extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, 
 
 A flag that is not given is as in the training that wrote the checkpoint, but for --steps (a fifth
 of the steps that trained the first heads), --out (the checkpoint's folder with the number of heads
-added), --device, --fast and --compile (auto). New heads get the last head's alpha and beta. The KL
-starts at once, for the teacher is trained; the warm-up is a tenth of the steps at most.
+added), --device, --fast and --compile (auto). New heads get the last head's alpha and beta, or what
+is given here: one number, or one for each of them. The KL starts at once, for the teacher is
+trained; the warm-up is a tenth of the steps at most.
 
 A model without heads (data/pretrained.py, train.py --n_mtp 0) gets random ones. They learn from its
 own text (data/selftext.py), where the main head's whole distribution says more than the one token
@@ -81,35 +82,29 @@ def extension_config(base, given, plan, n):
     """the TrainConfig of a checkpoint, changed for training heads m+1 .. n"""
     m = plan["from_heads"]
     changes = dict(
-        n_mtp=m, schedule_steps=0,
+        n_mtp=n - m, schedule_steps=0,         # for now, as alpha and beta are those of new heads
         device="auto", fast="auto", compile="auto",
         keep_best=False,           # the main head is frozen: its loss can't say which is best
         kl_start=0.0, kl_ramp=0.0, # the teacher is trained and frozen: learn from it at once
     )
     if m:
         changes["steps"] = max(1, plan["first_steps"] // 5)
+        for name in ("alpha", "beta"):
+            changes[name] = getattr(base, name).split(",")[-1]     # the last head's
     else:
         changes.update(FIRST_HEADS)
     if "batch_size" in given:
         changes["micro_batch"] = 0
     cfg = dataclasses.replace(base, **{**changes, **given})
     cfg.warmup = min(base.warmup, cfg.steps // 10)
-    if m:
-        alpha, beta = train.head_weights(cfg)  # of the m heads
-        if not alpha[-1] + beta[-1]:
-            raise UserError("the last head was trained with alpha = beta = 0, and new heads would "
-                            "learn nothing; give --beta")
-        cfg.alpha = new_weights(alpha, n)
-        cfg.beta = new_weights(beta, n)
+    new = train.head_weights(cfg)
+    if not any(map(any, new)):
+        raise UserError("with alpha = beta = 0, as given or as the last head was trained, new "
+                        "heads would learn nothing; give --beta")
+    # the frozen ones have none (distill.py leaves out heads without a weight)
+    cfg.alpha, cfg.beta = [",".join(map(str, [0.0] * m + weights)) for weights in new]
     cfg.n_mtp = n
     return train.check(cfg)
-
-
-def new_weights(old, n):
-    """weights of m heads -> those of n, as a flag: the new ones have that of the last old one, the
-    frozen ones none (distill.py leaves out heads without a weight)"""
-    m = len(old)
-    return ",".join(map(str, [0.0] * m + [old[-1]] * (n - m)))
 
 
 def begin(path, given, heads):
@@ -167,8 +162,8 @@ def comparison(before, after, m, steps, meta):
 def main():
     given, rest = parse(train.TrainConfig, __doc__, [
         ("checkpoint", dict(metavar="CKPT", help="checkpoint to extend, or of the extension")),
-        ("--heads", dict(type=int, help="MTP heads of the new model; default: twice as many, 4 "
-                         "at first")),
+        ("--heads", dict(type=int, help="MTP heads of the new model; default, or 0: twice as "
+                         "many, 4 at first")),
         ("--resume", dict(action="store_true", help="continue the extension that wrote CKPT")),
         JSON_FLAG,
     ], only=FLAGS)

@@ -358,10 +358,7 @@ class GPT(nn.Module):
         """parameters by part; the embedding is counted once, for it is tied to the output head"""
         trunk = nn.ModuleList([self.blocks, self.norm])
         parts = dict(embedding=self.embed, trunk=trunk, heads=self.heads, total=self)
-        counts = {}
-        for name, part in parts.items():
-            counts[name] = sum(p.numel() for p in part.parameters())
-        return counts
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
 if __name__ == "__main__":

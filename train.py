@@ -455,6 +455,7 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
 
     # optimizer, compiled model, processes
     optimizer = make_optimizer(model, cfg, state.get("optimizer"))
+    train_mode(model)
     if start < cfg.steps:
         micro_batch, grad_function, why = try_step(model, cfg, train_ids, dtype)
         if rank == 0:
@@ -474,7 +475,6 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
             result = evaluate_and_save(model, cfg, val_ids, dtype, state)
 
     bar = tqdm(range(start, cfg.steps), "training", unit="step", disable=rank > 0)
-    train_mode(model)
     pending = []
     clock = time.perf_counter()
     for step in bar:

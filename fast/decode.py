@@ -198,7 +198,8 @@ def recording_stream(device):
 @torch.no_grad()
 def capture(function, pool=None):
     """record the kernels of one call -> a function that replays them by one launch, and returns the
-    same tensors. Recordings may share a memory pool if they never run at the same time"""
+    same tensors. Recordings may share a memory pool if they never run at the same time; what one
+    returns is then to be used before another one runs"""
     stream = recording_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

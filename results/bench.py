@@ -27,6 +27,7 @@ import math
 import statistics
 import sys
 import time
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ import train  # noqa: E402
 from common import (  # noqa: E402
     JSON_FLAG, DeviceFlags, UserError, check_flags, flag, parse, pick_device, pick_dtype, run,
 )
-from data.errors import show, write_file  # noqa: E402
+from data.errors import check_kind, show, write_file  # noqa: E402
 from data.reader import read_prompt_rows  # noqa: E402
 from fast.heads import HEAD_COUNTS  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -116,7 +117,7 @@ class CheckConfig(DeviceFlags):
     data: str = flag("", "dataset to take the prompts from; empty: the checkpoint's")
     count: int = flag(8, "prompts", min=1)
     prompt_tokens: int = flag(64, "tokens of a prompt from the validation text", min=1)
-    tokens: int = flag(200, "tokens to emit for each prompt", min=1)
+    tokens: int = flag(200, "tokens to emit for each prompt, the prefill's one among them", min=2)
     heads: decode.number_or_auto = flag(-1, "MTP heads that draft, or auto; -1: all", min=-1)
     draft_vocab: int = flag(0, "draft only among the first so many ids; 0: all", min=0)
 
@@ -229,11 +230,11 @@ def encode(tokenizer, rows, room):
     for i, (text, row) in enumerate(rows):
         if not row.get("chat"):
             continue
-        ids = tokenizer.encode_chat(text)
-        while len(ids) > room and text:
-            text = text[: len(text) - len(ids) + room]    # a token is a character or more
-            ids = tokenizer.encode_chat(text)
-        prompts[i] = ids[:room]
+        # a character may be several tokens: of all beginnings, the longest that fits
+        longest = bisect_right(
+            range(len(text)), room, key=lambda n: len(tokenizer.encode_chat(text[: n + 1]))
+        )
+        prompts[i] = tokenizer.encode_chat(text[:longest])[:room]
     return prompts
 
 
@@ -244,7 +245,7 @@ def make_decoder(model, prompts, cfg, heads, batch=1, temperature=0.0, generator
     options = [temperature, top_k, accept]
     draft_vocab = cfg.draft_vocab or None
     length = decode.context_length(model, prompts, cfg.tokens)
-    costs = getattr(cfg, "costs", "") or None
+    costs = getattr(cfg, "costs", "") or None if heads == "auto" else None
     return decode.make_decoder(
         model, batch, length, heads, *options, None, generator, draft_vocab, costs, fast=cfg.fast
     )
@@ -332,13 +333,14 @@ def bench_checkpoints(checkpoints, cfg):
             tables = bench_decoding(models, prompts, cfg, temperature, kinds)
         except KeyboardInterrupt:
             raise Interrupted(sum(found, [])) from None
-        one_head = None      # tokens/s with 1 head, of the first checkpoint with one
+        one_head = {}        # by kind: tokens/s with 1 head, of the first checkpoint with one
         for (path, model, _, _), rows, own in zip(checkpoints, tables, found):
             for row in rows:
-                if row["heads"] == 1 and not row["kind"]:
-                    one_head = one_head or row["tokens_per_s"]
+                if row["heads"] == 1:
+                    one_head.setdefault(row["kind"], row["tokens_per_s"])
             for row in rows:
-                row["over_one"] = one_head and row["tokens_per_s"] / one_head
+                one = one_head.get(row["kind"])
+                row["over_one"] = one and row["tokens_per_s"] / one
             if model.config.n_mtp == 0:
                 show(f"{path} has no MTP heads: decoding without drafts, one token per forward")
             print_decoding(path, [row for row in rows if not row["kind"]])
@@ -353,8 +355,11 @@ def check_decoding(checkpoint, prompts, cfg):
     """raises a UserError for what bench_decoding can't do"""
     path, model, _, _ = checkpoint
     counts = head_counts(model.config.n_mtp, cfg.heads)
+    if cfg.costs and counts and "auto" not in counts:
+        raise UserError(f"--costs {cfg.costs} has no effect without auto among --heads")
     if cfg.heads not in ("", "0") and model.config.n_mtp and not counts:
-        raise UserError(f"--heads is {cfg.heads}, but {path} has {model.config.n_mtp} heads")
+        raise UserError(f"--heads is {cfg.heads}, but {path} has {model.config.n_mtp} heads: give "
+                        "numbers from 0 to that, or auto, with commas")
     if len(prompts) < cfg.batch:
         raise UserError(f"--batch {cfg.batch} needs at least as many prompts; got {len(prompts)}: "
                         "give more (--count)")
@@ -677,8 +682,11 @@ def print_kinds(rows):
     for row in rows:
         if row["heads"]:
             ars = " ".join(f"{x:.3f}" for x in row["ars"] or [])
+            found = f"{row['tokens_per_forward']:8.2f} {row['speedup']:9.2f}  {ars}"
+            if row["looping"] == row["prompts"]:
+                found = "  all have repetitive output, whose speed says nothing"
             show(f"{row['kind']:>12} {row['prompts']:7} {row['looping']:8} {row['heads']:>5} "
-                 f"{row['tokens_per_forward']:8.2f} {row['speedup']:9.2f}  {ars}", flush=True)
+                 f"{found}", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -965,6 +973,8 @@ def main_costs(given, paths):
     check_flags(cfg)
     if min(split("batch", cfg.batch, int)) < 1:
         raise UserError(f"--batch is {cfg.batch!r}; it must be numbers from 1 on, with commas")
+    if cfg.out:
+        check_kind(cfg.out, "--out")                      # before the work
     (checkpoint,) = load(paths, cfg)
     costs = bench_costs(checkpoint, cfg)
     if cfg.out:

@@ -14,7 +14,7 @@ they are.
                MT-bench's first turns, Natural Questions, GSM8K, WMT14 German to English, CNN/Daily
                Mail. Apache-2.0
     code       HumanEval (Chen et al., arXiv 2107.03374): the head of a function. MIT
-    story      the bundled books that are for validation, from somewhere in each
+    story      the bundled books that are for validation, spread over them
 """
 
 import argparse
@@ -32,6 +32,7 @@ from common import UserError, run  # noqa: E402
 from data.download import DOWNLOADS, download  # noqa: E402
 from data.errors import write_file  # noqa: E402
 from data.prepare import STORIES  # noqa: E402
+from data.reader import EOT_TEXT  # noqa: E402
 
 GITHUB = "https://raw.githubusercontent.com/"
 SPEC_BENCH = GITHUB + ("hemingkx/Spec-Bench/fd2c1cd7d2201ef71db4c5f4e455008f017967bf/"
@@ -72,9 +73,14 @@ def spread(items, count):
 
 
 def stories(text, count):
-    """pieces of a text that begin a paragraph, spread over it"""
-    paragraphs = [i + 2 for i in range(len(text) - STORY_CHARACTERS) if text[i : i + 2] == "\n\n"]
-    return [text[i : i + STORY_CHARACTERS] for i in spread(paragraphs, count)]
+    """pieces of a text that begin a paragraph, spread over it; none goes on into the next book"""
+    starts = [i + 2 for i in range(len(text) - STORY_CHARACTERS) if text[i : i + 2] == "\n\n"]
+    pieces = [text[i : i + STORY_CHARACTERS] for i in starts]
+    found = []
+    for i in spread(range(len(pieces)), count):
+        inside = [piece for piece in pieces[i:] if EOT_TEXT not in piece]
+        found += inside[:1]
+    return found
 
 
 def collect(questions, problems, text, count):
@@ -116,7 +122,7 @@ def main():
     rows = collect(questions, problems, text, args.count)
     rows = [row for row in rows if row["kind"] in wanted]
     write_file(args.out, "".join(json.dumps(row) + "\n" for row in rows), "--out")
-    print(f"{args.out}: {len(rows)} prompts, {args.count} of each of {len(wanted)} kinds")
+    print(f"{args.out}: {len(rows)} prompts, at most {args.count} of each of {len(wanted)} kinds")
 
 
 if __name__ == "__main__":

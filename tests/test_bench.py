@@ -249,16 +249,33 @@ def test_a_second_checkpoint_with_a_shorter_context(toy, rows, monkeypatch, caps
     assert "the shortest context, 24 tokens, leaves room for 12 new ones" in out
 
 
+def test_each_kind_has_its_own_one_head(toy, monkeypatch, capsys):
+    rows = [dict(kind="a", text="the cat"), dict(kind="b", text="and that")]
+    (toy / "kinds.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    monkeypatch.delitem(FLAGS, "prompt_tokens")
+    flags = as_flags({**FLAGS, "count": 2, "heads": "1,2", "prompts": toy / "kinds.jsonl"})
+    out = call(monkeypatch, capsys, "decode", toy / "ckpt.pt", "--json", *flags)
+    rows = json.loads(out.splitlines()[-1])
+    one = {(row["kind"], row["temperature"]): row["tokens_per_s"] for row in rows
+           if row["heads"] == 1}
+    assert {kind for kind, _ in one} == {"", "a", "b"}
+    for row in rows:
+        own = one[row["kind"], row["temperature"]]
+        assert row["over_one"] == pytest.approx(row["tokens_per_s"] / own)
+
+
 @pytest.mark.parametrize("changes,message", [
-    ({"heads": 2}, "--heads is 2, but .*one.pt has 1"), ({"batch": 3}, "--batch 3 needs at least"),
-    ({"draft_vocab": 258}, "draft_vocab is 258"), ({"tokens": 1}, "of .*one.pt's 1 heads"),
+    ({"heads": 3}, "--heads is 3, but .*two.pt has 2 heads: give numbers from 0"),
+    ({"heads": -1}, "--heads is -1, but .*two.pt has 2 heads: give numbers from 0"),
+    ({"batch": 3}, "--batch 3 needs at least"), ({"costs": "gone", "heads": 2}, "gone has no"),
+    ({"draft_vocab": 258}, "draft_vocab is 258"), ({"tokens": 2}, "of .*two.pt's 2 heads"),
 ])
 def test_what_a_later_checkpoint_can_not_do_is_told_first(toy, monkeypatch, changes, message):
     model, meta = common.load_checkpoint(toy / "plain.pt")
-    one = GPT(dataclasses.replace(model.config, n_mtp=1)).double()
-    common.save_checkpoint(toy / "one.pt", one, **meta)
+    two = GPT(dataclasses.replace(model.config, n_mtp=2)).double()
+    common.save_checkpoint(toy / "two.pt", two, **meta)
     monkeypatch.setattr(bench, "bench_decoding", None)  # nothing is measured before
-    argv = ["decode", toy / "plain.pt", toy / "one.pt", *as_flags({**FLAGS, **changes})]
+    argv = ["decode", toy / "plain.pt", toy / "two.pt", *as_flags({**FLAGS, **changes})]
     monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, argv)])
     with pytest.raises(common.UserError, match=message):
         bench.main()
@@ -451,6 +468,17 @@ def test_a_message_is_shortened_within_its_template():
     assert shown == ["<a me>", "a mess"]
 
 
+class InBytes(InBrackets):
+    def encode_batch(self, texts):
+        return [list(text.encode("utf-8")) for text in texts]
+
+
+@pytest.mark.parametrize("room, kept", [(302, 100), (301, 99), (100, 32), (5, 1), (4, 0), (1, 0)])
+def test_a_message_whose_characters_are_several_tokens(room, kept):
+    ids, = bench.encode(InBytes(), [("日" * 100, dict(chat=True))], room)
+    assert bytes(ids) == ("<" + "日" * kept + ">").encode("utf-8")[:room]
+
+
 def test_a_table_for_each_kind_of_prompts(toy, monkeypatch, capsys):
     """all prompts first; then each kind is what it would be alone"""
     texts = dict(animals=["the cat", "a dog"], other=["and that"])
@@ -469,6 +497,10 @@ def test_a_table_for_each_kind_of_prompts(toy, monkeypatch, capsys):
         ("", 0, 3), ("", 2, 3), ("animals", 0, 2), ("animals", 2, 2), ("other", 0, 1),
         ("other", 2, 1)]
     assert out.count("animals") == out.count("other") == 2 + 4   # printed, and in the JSON
+    assert "whose speed" not in out
+    monkeypatch.setattr(bench, "loops", lambda ids: True)
+    assert table("both.jsonl", both)[0].count("all have repetitive output, whose speed") == 4
+    monkeypatch.setattr(bench, "loops", lambda ids: False)
     for kind in texts:
         _, alone = table("one.jsonl", [dict(text=text) for text in texts[kind]])
         for got, want in zip([row for row in rows if row["kind"] == kind], alone, strict=True):
@@ -479,6 +511,8 @@ def test_a_table_for_each_kind_of_prompts(toy, monkeypatch, capsys):
 @pytest.mark.parametrize("argv,message", [
     (["check", "gone.pt"], "no checkpoint at"),
     (["check", "ckpt.pt", "--count", 0], "--count is 0"),
+    (["check", "ckpt.pt", "--tokens", 1], "--tokens is 1"),  # the prefill's, in both cases
+    (["costs", "gone.pt", "--out", "ckpt.pt"], "ckpt.pt exists, and is not what --out writes"),
     (["check", "ckpt.pt", "--heads", 3], "has 2 MTP heads"),
     (["check", "plain.pt"], "nothing to compare"),
     (["check", "ckpt.pt", "--prompts", "gone.txt"], "gone.txt"),

@@ -43,6 +43,17 @@ def test_a_flag_outside_its_range(name, value, message):
         common.check_flags(Config(**fine))
 
 
+def test_an_earlier_run_that_may_not_be_moved_is_one_line(tmp_path, monkeypatch):
+    """a folder without permission to write, or on Windows a file that is open"""
+    (tmp_path / "ckpt.pt").write_bytes(b"an earlier run")
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied", str(args[0]))
+    monkeypatch.setattr(common.os, "replace", refuse)
+    with pytest.raises(common.UserError, match="could not write .*ckpt.pt.*Permission denied"):
+        common.keep_old(tmp_path)
+
+
 def test_parse_tells_what_was_given(capsys):
     extra = [("file", {"nargs": "?"}), ("--json", {"action": "store_true"})]
     given, rest = common.parse(Config, "", extra, ["x", "--no-switch", "--count", "7"])

@@ -829,9 +829,9 @@ def test_acceptance_of_a_handmade_example():
 
 
 @pytest.mark.parametrize("prompts, changes, found", [
-    ("Once upon a time", {}, "not text: encode it first"),
-    (["a text", "another"], {}, "not text: encode it first"),
-    ([1.5, 2.5], {}, "not text: encode it first"), ([[1], 2], {}, "not text: encode it first"),
+    ("Once upon a time", {}, "encode a text first"),
+    (["a text", "another"], {}, "encode a text first"),
+    ([1.5, 2.5], {}, "encode a text first"), ([[1], 2], {}, "encode a text first"),
     ([], {}, "prompt is empty"), ([[1], []], {}, "prompt is empty; give at least one token"),
     ([[0] * 12], {}, "12 tokens; the context takes 12.*shorter"),
     ([[1], [0] * 13], {}, "13 tokens"),

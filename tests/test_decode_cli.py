@@ -103,6 +103,7 @@ def test_more_tokens_than_the_context_takes(toys, monkeypatch, capsys):
     (["two.pt", "--heads", 3], "has 2 MTP heads"),
     (["two.pt", "--heads", -2], "--heads is -2"),
     (["two.pt", "--heads", "auto", "--costs", "gone.json"], "can't read gone.json"),
+    (["two.pt", "--costs", "gone.json"], "costs have no effect without heads"),
     (["two.pt", "--temperature", -1], "--temperature is -1"),
     (["two.pt", "--top_k", -2], "--top_k is -2"),
     (["two.pt", "--top_k", 999], "top_k is 999"),

@@ -477,6 +477,25 @@ def test_heads_that_learned_nothing_can_not_be_extended_silently(monkeypatch, ba
     extended(monkeypatch, path, tmp_path / "out", "--beta", "0.5", "--steps", "1")
 
 
+@pytest.mark.parametrize("flags", [["--alpha=0", "--beta=0"], ["--alpha=0,0", "--beta=0,0"]])
+@pytest.mark.parametrize("heads", [0, 2])
+def test_flags_by_which_new_heads_would_learn_nothing(monkeypatch, base, tmp_path, heads, flags):
+    model, meta = common.load_checkpoint(base)
+    trunk = GPT(dataclasses.replace(model.config, n_mtp=heads))
+    common.save_checkpoint(tmp_path / "trunk/ckpt.pt", trunk, **meta)
+    data = meta["train_config"]["data"]
+    with pytest.raises(common.UserError, match="alpha = beta = 0.*--beta"):
+        call(monkeypatch, tmp_path / "trunk", f"--heads={heads + 2}", f"--data={data}", *flags)
+
+
+def test_a_weight_for_each_new_head(monkeypatch, base, tmp_path):
+    _, meta = extended(monkeypatch, base, tmp_path, "--alpha=0.1,0.7", "--beta=0.4", "--steps=1")
+    cfg = meta["train_config"]
+    assert (cfg["alpha"], cfg["beta"]) == ("0.0,0.0,0.1,0.7", "0.0,0.0,0.4,0.4")
+    with pytest.raises(common.UserError, match="--alpha is '1,2,3'.* for each of the 2 heads"):
+        call(monkeypatch, base, "--alpha=1,2,3", f"--out={tmp_path / 'other'}")
+
+
 def test_an_extension_keeps_no_best(base):
     """the main head is frozen: its loss, the same at every evaluation, says nothing"""
     meta = common.load_checkpoint(base)[1]

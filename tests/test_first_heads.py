@@ -66,7 +66,8 @@ def test_fresh_heads_learn_and_what_was_there_stays_bit_identical(toy, monkeypat
     for name, weight in before.state_dict().items():
         assert torch.equal(state[name], weight.float()), name
     cfg = train.stored_config(meta)
-    assert (cfg.alpha, cfg.beta, cfg.top_n) == ("0", "1", 65536) and cfg.data == "data/toy-self"
+    assert train.head_weights(cfg) == [[0.0] * 4, [1.0] * 4]
+    assert cfg.top_n == 65536 and cfg.data == "data/toy-self"
     assert meta["extension"]["from_heads"] == 0
     # .. and on: the loop
     call(monkeypatch, extend, "out/toy-4/ckpt.pt", *SHORT)
@@ -115,7 +116,7 @@ def test_flags_of_the_loss(toy, monkeypatch):
     call(monkeypatch, extend, toy, *SHORT, "--steps=1", "--heads=2", "--alpha=0.3", "--beta=0.5",
          "--top_n=7")
     cfg = train.stored_config(common.load_checkpoint("out/toy-2/ckpt.pt")[1])
-    assert (cfg.alpha, cfg.beta, cfg.top_n) == ("0.3", "0.5", 7)
+    assert (train.head_weights(cfg), cfg.top_n) == ([[0.3, 0.3], [0.5, 0.5]], 7)
 
 
 def test_an_own_model_without_heads(tmp_path, monkeypatch):

@@ -29,6 +29,15 @@ def test_each_kind_has_its_share_of_the_rows():
     assert {row["kind"] for row in rows if not row["chat"]} == {"code", "story"}
 
 
+def test_a_story_does_not_go_on_into_the_next_book():
+    """and the others stay where they were"""
+    text = TEXT.replace("Paragraph 20. ", "end.\n<|endoftext|>\nParagraph 20. ")
+    whole, cut = prompts.stories(TEXT, 3), prompts.stories(text, 3)
+    assert [piece[:13] for piece in whole] == ["Paragraph 1. ", "Paragraph 10.", "Paragraph 20."]
+    assert [piece[:13] for piece in cut] == ["Paragraph 1. ", "Paragraph 10.", "Paragraph 21."]
+    assert all(len(piece) == prompts.STORY_CHARACTERS for piece in cut)
+
+
 def test_a_set_with_too_few_prompts_gives_all_it_has():
     rows = prompts.collect(QUESTIONS, PROBLEMS, TEXT, 6)
     assert len([row for row in rows if row["kind"] == "question"]) == 4

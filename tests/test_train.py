@@ -368,7 +368,11 @@ def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
         call(patch, *flags(data, tmp_path / "cut", **options), main=lambda: common.run(train.main))
     assert common.load_checkpoint(tmp_path / "cut/ckpt.pt")[1]["step"] == 4
     torch.manual_seed(99)
+    tried, try_step = [], train.try_step
+    monkeypatch.setattr(train, "try_step", lambda model, *more: (
+        tried.append(model.blocks[0].training) or try_step(model, *more)))
     call(monkeypatch, "--resume", tmp_path / "cut/ckpt.pt")
+    assert tried == [True]                     # what is compiled and sized is what will train
     (whole, a), (cut, b) = [common.load_checkpoint(tmp_path / name / "ckpt.pt")
                             for name in ("whole", "cut")]
     assert same(whole, cut) and a["best_loss"] == b["best_loss"] and a["step"] == b["step"] == 6
