@@ -349,7 +349,7 @@ class Decoder:
         self.accepted.zero_()
         self.valid.zero_()
         self.k = -1                                       # not even 0: no head has read anything
-        self.choose(max_new_tokens - 1)
+        self.choose(self.remaining())
 
     def rebuild(self, parts, rows):
         """run the trunk (0) or heads (by number) over the last `rows` rows, PREFILL at a time. In

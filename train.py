@@ -361,7 +361,8 @@ def compile_model(model, cfg, tokens, dtype):
     torch.compile in place and pick the loss, tried on one batch (B, T+1) with the KL -> (what turns
     logits into loss and gradient, which one it is and why)
 
-    Where this fails, auto says why and continues with the plain path; what was asked for raises.
+    Where this fails, auto says why and continues with the plain path; what was asked for raises. In
+    compiled code a head without a loss has a gradient of 0, and so weight decay; else it has none.
     """
     grad_function, why = pick_loss(cfg, tokens.device, dtype)
     blocks = [*model.blocks, *model.heads]

@@ -273,6 +273,16 @@ def test_several_numbers_of_heads_occur_on_a_mixed_set():
     assert (drafted > 0).sum() >= 3 and drafted[0] > 0 and drafted[4] > 0, drafted
 
 
+def test_the_first_choice_knows_where_the_context_ends(monkeypatch):
+    model, lefts, choose = make_model(11, 40, 2), [], HeadChoice.choose
+    monkeypatch.setattr(HeadChoice, "choose", lambda self, accepted, now, left: (
+        lefts.append(left) or choose(self, accepted, now, left)))
+    for prompts, left in (([[1] * 38], 1), ([[1] * 38, [2] * 10], 19), ([[1] * 5], 19)):
+        lefts.clear()
+        generate(model, prompts, 20, heads="auto")
+        assert lefts[0] == left
+
+
 def test_useless_heads_soon_sit_out_and_are_tried_again():
     model, seen = counting_model(4, 300), []
     for head in model.heads:
