@@ -36,16 +36,17 @@ def show(text, **options):
     print(printable(text), **options)
 
 
-def check_kind(path, flag):
+def check_kind(path, flag, suffix=".svg"):
     """Raise UserError where write_file would refuse this path."""
-    if Path(path).is_file() and Path(path).suffix not in (".svg", ".json", ".jsonl"):
-        raise UserError(f"{path} exists, and is not what {flag} writes: give another file with it")
+    if Path(path).is_file() and Path(path).suffix != suffix:
+        raise UserError(f"{path} exists, and is not what {flag} writes (*{suffix}): give another "
+                        "file with it")
 
 
-def write_file(path, text, flag):
-    """Write a file that the user named with this flag, and make its folder. A picture or table that
-    is there is replaced; anything else is a slip of the hand."""
-    check_kind(path, flag)
+def write_file(path, text, flag, suffix=".svg"):
+    """Write a file that the user named with this flag, and make its folder. One of the same kind
+    that is there is replaced; anything else is a slip of the hand."""
+    check_kind(path, flag, suffix)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8", newline="\n")

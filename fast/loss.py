@@ -60,7 +60,8 @@ def loss_and_grad(logits, targets, alpha, beta, top_n, kl="forward", detach_teac
     """
     logits (R, C, V) bf16, row 0 the teacher; targets (C,); alpha (R,), beta (R-1,) float32;
     top_n = 0 leaves the KL out
-    -> CE (R,), KL (R-1,): means over the targets; d loss / d logits (R, C, V) bf16
+    -> CE (R,), KL (R-1,), 0 where its beta is 0: means over the targets; d loss / d logits (R, C,
+    V) bf16
     """
     assert logits.is_contiguous() and targets.is_contiguous()
     assert logits.dtype == torch.bfloat16 and targets.dtype == torch.int64

@@ -33,6 +33,7 @@ from distill import to_float32
 from results import bench
 
 RESAMPLES = 1000
+FEW = 5            # with fewer texts no interval is shown
 
 # -----------------------------------------------------------------------------
 # one text
@@ -179,6 +180,11 @@ def interval(ratios):
     return np.percentile(ratios, [2.5, 97.5]).tolist()
 
 
+def bounds(interval, texts, form):
+    """an interval as text. Drawn from few texts it would be too narrow, from one of width 0"""
+    return "(few texts)" if texts < FEW else form.format(*interval)
+
+
 def acceptance_rows(kind, sample):
     """-> a row (dict) for each number of heads"""
     ars, cars = sample.rates()
@@ -206,7 +212,8 @@ def prediction_rows(temperature, even, odd):
         # another seed: the halves are drawn independently of each other
         ratios = resampled(even.tokens, forwards) / resampled(odd.tokens, odd.forwards[k], seed=1)
         rows.append(dict(
-            temperature=temperature, heads=k, naive=naive, predicted=predicted, measured=measured,
+            temperature=temperature, heads=k, prompts=min(len(even.tokens), len(odd.tokens)),
+            naive=naive, predicted=predicted, measured=measured,
             naive_percent=100 * (naive / measured - 1),
             percent=100 * (predicted / measured - 1),
             percent_interval=interval(100 * (ratios - 1)),
@@ -218,11 +225,11 @@ def print_rows(rows):
     print(f"{'text':>9} {'prompts':>7} {'looping':>7} {'heads':>5} {'AR':>6} {'CAR':>6}  "
           f"{'(95 %)':14}  1 + sum CAR  tok/fwd  (95 %)")
     for row in rows:
-        low, high = row["interval"]
-        car_low, car_high = row["car_interval"]
+        car = bounds(row["car_interval"], row["prompts"], "({:.3f} .. {:.3f})")
+        own = bounds(row["interval"], row["prompts"], "({:.2f} .. {:.2f})")
         print(f"{row['text']:>9} {row['prompts']:7} {row['looping']:7} {row['heads']:5} "
-              f"{row['ar']:6.3f} {row['car']:6.3f}  ({car_low:.3f} .. {car_high:.3f})"
-              f"{row['naive']:12.2f} {row['tokens_per_forward']:8.2f}  ({low:.2f} .. {high:.2f})")
+              f"{row['ar']:6.3f} {row['car']:6.3f}  {car:16}"
+              f"{row['naive']:12.2f} {row['tokens_per_forward']:8.2f}  {own}")
     for kind, row in {row["text"]: row for row in rows}.items():               # its last row
         print(f"{kind:>9}: AR of heads 1 .. {row['heads']}: "
               f"{' '.join(f'{ar:.3f}' for ar in row['ars'])}")
@@ -233,10 +240,9 @@ def print_predictions(rows):
           "temperature heads measured  predicted  too high  (95 %)"
           "              1 + sum CAR  too high")
     for row in rows:
-        low, high = row["percent_interval"]
-        bounds = f"({low:+.1f} .. {high:+.1f} %)"
+        found = bounds(row["percent_interval"], row["prompts"], "({:+.1f} .. {:+.1f} %)")
         print(f"{row['temperature']:11} {row['heads']:5} {row['measured']:8.2f} "
-              f"{row['predicted']:10.2f} {row['percent']:+7.1f} %  {bounds:20} "
+              f"{row['predicted']:10.2f} {row['percent']:+7.1f} %  {found:20} "
               f"{row['naive']:10.2f} {row['naive_percent']:+7.1f} %", flush=True)
 
 

@@ -974,11 +974,11 @@ def main_costs(given, paths):
     if min(split("batch", cfg.batch, int)) < 1:
         raise UserError(f"--batch is {cfg.batch!r}; it must be numbers from 1 on, with commas")
     if cfg.out:
-        check_kind(cfg.out, "--out")                      # before the work
+        check_kind(cfg.out, "--out", ".json")             # before the work
     (checkpoint,) = load(paths, cfg)
     costs = bench_costs(checkpoint, cfg)
     if cfg.out:
-        write_file(cfg.out, json.dumps(costs, indent=1) + "\n", "--out")
+        write_file(cfg.out, json.dumps(costs, indent=1) + "\n", "--out", ".json")
     return costs
 
 

@@ -18,6 +18,7 @@ brackets are bounds: if only bandwidth mattered, and if only matrix products did
 
 import dataclasses
 import gc
+import math
 from typing import NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ def fit_preset(cfg, device, dtype, sizes):
     model = new_model(cfg, device)
     rows = []
     size = cfg.batch_size
-    for gb in sorted(sizes, reverse=True):
+    for gb in sorted(sizes, key=lambda gb: gb or math.inf, reverse=True):      # 0: the whole GPU
         usable = limit_memory(gb)
         size, peak = pick_micro_batch(model, cfg, dtype, size or 0)
         rows.append(dict(preset=cfg.preset, dtype=str(dtype)[6:], memory_gb=gb, usable_gib=usable,

@@ -37,6 +37,9 @@ def measure(path, K):
     model, meta = load_checkpoint(path)
     if model.config.n_mtp:
         raise UserError(f"{path} has {model.config.n_mtp} heads; give a plain GPT (--n_mtp 0)")
+    T = model.config.block_size
+    if not 0 < K < T:
+        raise UserError(f"--heads is {K}; it must be from 1 to {T - 1}, for the context is {T}")
     cfg = train.stored_config(meta)
     device = pick_device(cfg.device)
     _, val, data_meta = train.open_data(cfg)

@@ -33,10 +33,14 @@ def read_log(path):
     if not path.is_file():
         raise UserError(f"there is no log at {path}; give the folder of a run (its --out)")
     rows = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no log; give the folder of a run (its --out)") from None
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):
             print(f"{path}, line {number}: not a whole row, left out")
             continue
         if "step" in row:          # else a header; a resumed run writes its steps again

@@ -121,7 +121,7 @@ def main():
     text = lzma.decompress(STORIES[1].read_bytes()).decode("utf-8")
     rows = collect(questions, problems, text, args.count)
     rows = [row for row in rows if row["kind"] in wanted]
-    write_file(args.out, "".join(json.dumps(row) + "\n" for row in rows), "--out")
+    write_file(args.out, "".join(json.dumps(row) + "\n" for row in rows), "--out", ".jsonl")
     print(f"{args.out}: {len(rows)} prompts, at most {args.count} of each of {len(wanted)} kinds")
 
 

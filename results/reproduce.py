@@ -765,8 +765,8 @@ def parse():
     if not args.check and (args.more or args.quick or args.seed or args.record):
         parser.error("--quick, --seed, --record and flags of train.py go with --check; got "
                      + " ".join(sys.argv[1:]))
-    if args.check and (args.part, args.only) != ("all", ""):
-        parser.error("--check is a run of its own: give it without --part and --only")
+    if args.check:
+        check_alone(parser, args)
     unknown = set(args.part.split(",")) - set(PARTS) - {"all", "tables"}
     if unknown:
         raise UserError(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}, all, "
@@ -777,6 +777,18 @@ def parse():
         args.seeds = check.parse_seeds("seeds", args.seeds, at_least=1)
     args.seeds = args.seeds or SEEDS[args.scale]
     return args
+
+
+def check_alone(parser, args):
+    """an error where a flag would have no effect on the check"""
+    own = ("check", "quick", "seed", "record", "work", "more")
+    found = [f"--{name}" for name, value in vars(args).items()
+             if name not in own and value != parser.get_default(name)]
+    found += [word for word in args.more if word.split("=")[0] == "--out"]
+    if args.seed and args.record:
+        found.append("--seed beside --record")
+    if found:
+        parser.error(f"--check is a run of its own: give it without {', '.join(found)}")
 
 
 def all_makers(args, runner, sources):

@@ -32,10 +32,12 @@ def ranged(values, scale=1, digits=2):
 
 
 def group(rows, parts, *keys):
-    """rows of a part, or of several, with a result, by their labels"""
+    """rows of a part, or of several, with a result, by their labels; of a run that was made again
+    on the same device, the last"""
     parts = (parts,) if isinstance(parts, str) else parts
+    last = {(row.get("name", i), row.get("device")): row for i, row in enumerate(rows)}
     groups = {}
-    for row in rows:
+    for row in last.values():
         if row.get("part") in parts and all(k in row for k in keys):
             groups.setdefault(tuple(row[k] for k in keys), []).append(row)
     return groups
@@ -269,7 +271,8 @@ def tokens_per_forward(rows):
 def clock(rows):
     """{(text, temperature): {key_of: {seed: dict}}}: tokens per second over those of the model with
     one head that was timed beside it, and the time of a round over its. Of several timings, the one
-    with the most prompts that don't loop"""
+    with the most prompts that don't loop; in one row, the first: of the model with the fewest heads
+    """
     values = {}
     for row in rows:
         if row.get("part") not in ("speed", "undetached") or not isinstance(row["result"], list):
@@ -281,7 +284,7 @@ def clock(rows):
             if model and alone and r["heads"] and key_of(model, r["heads"]):
                 text, _, _, seed = model
                 own = beside.setdefault((text, r["temperature"], seed), {})
-                own[key_of(model, r["heads"])] = r
+                own.setdefault(key_of(model, r["heads"]), r)
         for (text, temperature, seed), own in beside.items():
             one = own.pop(("one", 1), None)
             for key, r in own.items() if one else ():

@@ -373,8 +373,11 @@ def test_the_printed_tables_and_the_last_line(toy, monkeypatch, capsys):
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
     paths = [toy / "ckpt.pt", toy / "one.pt"]
-    out = call(monkeypatch, capsys, "accept", *paths, "--json",
-               *as_flags({**FLAGS, "prompt_tokens": 24, "tokens": 99}))
+    flags = as_flags({**FLAGS, "prompt_tokens": 24, "tokens": 99})
+    few = call(monkeypatch, capsys, "accept", paths[1], *flags)
+    assert few.count("(few texts)") > 8 and not re.search(r"\(.* \.\. ", few)      # 4 are too few
+    monkeypatch.setattr(acceptance, "FEW", 1)
+    out = call(monkeypatch, capsys, "accept", *paths, "--json", *flags)
     *lines, last = out.splitlines()
     results = json.loads(last, parse_constant=refuse)
     assert [result["checkpoint"] for result in results] == list(map(str, paths))

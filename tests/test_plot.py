@@ -75,10 +75,13 @@ def test_ticks_are_a_few_round_numbers_inside(low, high):
 def test_what_can_not_be_drawn_is_said(tmp_path, monkeypatch):
     empty = write_log(tmp_path / "empty", ROWS[:1])
     full = write_log(tmp_path / "a", ROWS)
+    binary = tmp_path / "ckpt.pt"
+    binary.write_bytes(b"PK\x03\x04\x80")
     for arguments, found in [
         ([tmp_path / "none"], "there is no log at"), ([empty], "has no rows yet"),
         ([empty] * 7, "got 7 runs; one picture shows 6"),
-        ([full, "--svg", tmp_path], "could not write"),
+        ([full, "--svg", tmp_path], "could not write"), ([binary], "ckpt.pt is no log"),
+        ([full, "--svg", full / "log.jsonl"], "log.jsonl exists, and is not what --svg writes"),
     ]:
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
         with pytest.raises(UserError, match=found):

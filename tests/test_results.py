@@ -213,6 +213,13 @@ def test_effect_has_means_half_ranges_and_differences_within_a_seed(written):
         "-0.050, -0.100"]
 
 
+def test_a_run_that_was_made_again_counts_once(written):
+    """by its name, on one device"""
+    first, again = effect_row("MTP", 1, 3.0, 0.4), effect_row("MTP", 1, 3.5, 0.4)
+    text, _ = written([{**first, "name": "a"}, {**again, "name": "a"}])
+    assert cells(text, "toy", "1", "MTP")[:2] == ["1", "3.5000"]
+
+
 def test_losses_of_different_hardware_are_not_compared(written):
     rows = [effect_row("MTP", 1, 3.0, 0.5), dict(effect_row("MTP", 2, 3.2, 0.5), device="other"),
             effect_row("MTP-D", 1, 3.1, 0.6), effect_row("MTP-D", 2, 3.1, 0.6)]
@@ -333,6 +340,7 @@ def test_the_clock_is_over_the_one_head_that_was_timed_beside_it(written):
     plain_step = ("K4_MTP-D", 0, 50, 1.0)
     good = timed_row(1, 0, ("K1_MTP", 0, 50, 1.0), one, plain_step, eight, auto)
     warm = timed_row(1, 1, one, ("K4_MTP-D", 8, 120, 3.0), name="warm")
+    good["result"] += timed_row(1, 0, ("K4_MTP-D", 8, 999, 3.0))["result"]      # looped further
     for order in ([few, good, lonely, warm], [warm, lonely, good, few]):
         text, _ = written([*own_rows(reproduce.UNSEEN)[:1], *own_rows(), *order])
         line = cells(unit(text), reproduce.UNSEEN, "MTP-D", "8")
@@ -922,13 +930,18 @@ def test_the_checks_flags_without_it_are_an_error(monkeypatch, capsys):
     assert end.value.code == 2 and "go with --check" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [("--part", "effect"), ("--only", "seed1")])
+@pytest.mark.parametrize("option", [
+    ("--part", "effect"), ("--only", "seed1"), ("--seeds", "12"), ("--scale", "gpu"),
+    ("--parallel", "4"), ("--commit", "abc"), ("--out", "out/mine"),
+    ("--seed beside --record", "9", "--seed", "9", "--record", "1,2,3,4,5")])
 def test_the_check_takes_no_part(option, monkeypatch, capsys):
     monkeypatch.setattr(reproduce.check, "compare_new_run", None)         # else minutes of training
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *option])
+    monkeypatch.setattr(reproduce.check, "make_record", None)
+    given = option[2:] or option
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--check", *given])
     with pytest.raises(SystemExit) as end:
         reproduce.main()
-    assert end.value.code == 2 and "without --part" in capsys.readouterr().err
+    assert end.value.code == 2 and f"without {option[0]}" in capsys.readouterr().err
 
 
 def test_a_run_of_train_py_is_read(tmp_path, monkeypatch):
@@ -1051,6 +1064,8 @@ def test_cards_are_emulated_timed_and_printed(small_card, monkeypatch, capsys):
     assert [(r["memory_gb"], r["usable_gib"], r["micro_batch"]) for r in found["fits"]] == [
         (8, pytest.approx(7.28), 6), (4, pytest.approx(3.64), 3), (1, pytest.approx(0.91), None)]
     assert memory == [80]                                                         # lifted again
+    fits = cards.measure([cfg], CPU, [8, 0], 1)["fits"]         # 0, the whole GPU, is the largest
+    assert [r["memory_gb"] for r in fits] == [0, 8] and fits[0]["micro_batch"] > 6
     (row,) = found["times"]
     assert (row["micro_batch"], row["s_per_step"]) == (6, 1.25)       # on 8 GB: five, two are timed
     out = capsys.readouterr().out
@@ -1094,6 +1109,9 @@ def test_a_plain_gpt_is_measured_on_the_targets_of_a_model_with_heads(
     save_checkpoint(tmp_path / "heads.pt", heads, train_config=dataclasses.asdict(cfg))
     with pytest.raises(UserError, match="has 2 heads"):
         plain.measure(tmp_path / "heads.pt", 3)
+    for K in (-1, 0, 8):
+        with pytest.raises(UserError, match="it must be from 1 to 7"):
+            plain.measure(tmp_path / "ckpt.pt", K)
 
 
 def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, monkeypatch, capsys):
