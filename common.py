@@ -212,8 +212,8 @@ def keep_old(folder):
             old.unlink(missing_ok=True)        # of the generation before
             if path.exists():
                 os.replace(path, old)
-    show(f"{folder} holds an earlier run; it is kept as ckpt.old.pt, with its best.old.pt and "
-         "log.old.jsonl")
+    show(f"{folder} holds an earlier run; it is kept as ckpt.old.pt and log.old.jsonl, and its "
+         "best.pt, if any, as best.old.pt")
 
 
 # -----------------------------------------------------------------------------

@@ -90,11 +90,10 @@ def function_state(root, function):
 
 
 def state(root, number):
+    if not EXERCISES[number].functions:
+        return "-"                        # a change of the student's own; no function is emptied
     found = [function_state(root, f) for f in EXERCISES[number].functions]
-    for one in ("left out", "empty", "written", "original"):
-        if one in found:
-            return one
-    return "changes of your own"
+    return next(s for s in ("left out", "empty", "written", "original") if s in found)
 
 
 def show_list(root):
@@ -104,6 +103,7 @@ def show_list(root):
             goal += f" (needs {', '.join(map(str, exercise.needs))})"
         star = " " if number in CORE else "★"
         print(f"{number:2} {star} {goal:55} {exercise.minutes} min   {state(root, number)}")
+    print("-  nothing is emptied or checked: the exercise is a change of your own")
 
 
 def require_original(root, number):
@@ -190,11 +190,17 @@ NOT_COPIED = ("solutions.py", "mutations.py", "test_mutations.py", "test_changes
               "test_readme.py", "test_style.py")
 HIDDEN = (r"<details>.*?</details>\n?"
           r"|<!-- teachers -->.*?<!-- /teachers -->\s*"
+          r"| `python tests/mutations\.py` puts[^.]*\."      # README names a file of the teacher's
           r"|^ *# in plain PyTorch:\r?\n(?: *#  [^\n]*\n)+")  # above a kernel of fast/loss.py
 
 
 def files_to_copy(root):
+    """in a clone, without what git does not know: a teacher's own files"""
     paths = [path for pattern in COPIED for path in root.glob(pattern) if path.is_file()]
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True)
+    if (root / ".git").exists() and done.returncode == 0:
+        known = {root / name for name in done.stdout.decode("utf-8").split("\0")}
+        paths = [path for path in paths if path in known]
     return [p for p in paths if p.name not in (".git", *NOT_COPIED)
             and p.suffix not in (".pt", ".part", ".pyc")]
 

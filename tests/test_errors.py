@@ -53,7 +53,7 @@ def test_a_mistake_in_distill_keeps_its_traceback(text, monkeypatch, body, error
 
 
 @pytest.mark.parametrize("script, argv, message", [
-    (train, "--kl=js", "js.*forward"), (train, "--preset=huge", "huge.*tiny"),
+    (train, "--kl=gone", "gone.*forward"), (train, "--preset=huge", "huge.*tiny"),
     (train, "--n_embd=97", "97.*n_head"), (train, "--n_mtp=16", "block_size"),
     (train, "--dropout=2", "dropout"), (train, "--embed_std=0", "embed_std"),
     (train, "--beta=x", "--beta.*'x'"),

@@ -280,6 +280,17 @@ def test_pytest_skips_what_calls_a_function_that_is_left_out(tmp_path):
         scope["twin"]()
 
 
+def test_a_teachers_own_files_stay_at_home(tmp_path, monkeypatch):
+    """what git does not know, where there is git"""
+    for name in ("model.py", "solutions_of_mine.md"):
+        lab.write(tmp_path / name, "x")
+    assert {path.name for path in lab.files_to_copy(tmp_path)} == {"model.py", "solutions_of_mine.md"}
+    lab.write(tmp_path / ".git/HEAD", "")
+    answer = subprocess.CompletedProcess([], 0, b"model.py\0data/prepare.py\0")
+    monkeypatch.setattr(lab.subprocess, "run", lambda *args, **options: answer)
+    assert [path.name for path in lab.files_to_copy(tmp_path)] == ["model.py"]
+
+
 def test_a_handout_goes_into_an_empty_folder_and_from_a_whole_repository(root, tmp_path):
     folder = tmp_path / "class"
     lab.start(root, 3)
@@ -311,7 +322,9 @@ def test_bad_commands_say_what_to_give(capsys, arguments, found):
 def test_commands(original, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab, "ROOT", original)
     assert not lab.main(["list"])
-    lines = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("-  ") and [line.endswith(" -") for line in lines] == [
+        not exercise.functions for exercise in EXERCISES.values()]
     assert [int(line.split()[0]) for line in lines] == list(EXERCISES)
     assert lines[0].endswith("45 min   original")
     assert len([line for line in lines if line.endswith("original")]) == len(WITH_FUNCTIONS)

@@ -673,10 +673,10 @@ def test_an_error_on_one_of_two_processes_is_shown_once(data, tmp_path):
 
 
 def test_an_error_that_all_processes_find_is_shown_by_one(monkeypatch):
-    for rank, code in (("0", "test_train.py: --kl is 'js'"), ("1", 1)):
+    for rank, code in (("0", "test_train.py: --kl is 'gone'"), ("1", 1)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(sys, "argv", ["test_train.py", "--kl=js"])
+        monkeypatch.setattr(sys, "argv", ["test_train.py", "--kl=gone"])
         with pytest.raises(SystemExit) as stop:
             common.run(train.main)
         assert str(stop.value.code).startswith(str(code))
@@ -723,7 +723,7 @@ def test_weights_of_the_heads():
 
 @pytest.mark.parametrize("given,message", [
     ({"preset": "huge"}, "--preset is 'huge'; it must be one of tiny"),
-    ({"kl": "js"}, "--kl is 'js'; it must be one of forward"), ({"compile": "yes"}, "--compile"),
+    ({"kl": "gone"}, "--kl is 'gone'; it must be one of forward"), ({"compile": "yes"}, "--compile"),
     ({"dtype": "float8"}, "--dtype"), ({"steps": -1}, "--steps is -1"),
     ({"batch_size": 0}, "--batch_size is 0"), ({"eval_every": 0}, "--eval_every"),
     ({"eval_windows": 0}, "--eval_windows"), ({"log_every": 0}, "--log_every"),
@@ -886,8 +886,8 @@ def test_errors_end_in_one_line_and_an_exit_code(data, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=message) as stop:
             call(monkeypatch, *argv, main=lambda: common.run(train.main))
         assert "\n" not in stop.value.code
-    monkeypatch.setattr(sys, "argv", ["train.py", "--kl", "js"])
-    with pytest.raises(SystemExit, match="^train.py: --kl is 'js'"):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--kl", "gone"])
+    with pytest.raises(SystemExit, match="^train.py: --kl is 'gone'"):
         runpy.run_path(str(REPO / "train.py"), run_name="__main__")
 
 
