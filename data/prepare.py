@@ -316,6 +316,7 @@ def check_arguments(source, tokenizer, shards, sample_mb, val):
 
 
 def paths_of(text):
+    """The files of a text, by one name each."""
     return {str(file.resolve()) for file in text_files(Path(text))}
 
 
@@ -419,7 +420,8 @@ def write_dataset(source, tokenizer, part, shards, sample_mb, quiet, val):
     if spec["kind"] == "bpe":  # long, so that it lies beside meta.json, which stays readable
         (part / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
         spec = {"kind": "bpe", "file": "tokenizer.json"}
-    meta = {"tokenizer": spec, "source": name_of(source), "python": platform.python_version(), **meta}
+    meta = {"tokenizer": spec, "source": name_of(source), "python": platform.python_version(),
+            **meta}
     (part / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
     return meta
 
@@ -442,13 +444,13 @@ def prepare(source="stories", tokenizer=None, out=None, shards=1, sample_mb=2.0,
             title = Path(source).resolve().name.split(".")[0] or "text"
             if title in DEFAULT_TOKENIZER:  # its folder is the known source's
                 title += "-text"
-        by_name = out is None
+        asked = out is not None
         out = Path(out or HERE / f"{title}-{tokenizer.replace(':', '')}").resolve()
         if not out.name:
             raise UserError(f"{out} can't be replaced: choose another folder with --out")
         part, old = temporary(out, "part"), temporary(out, "old")
         clear_leftovers(out)
-        if by_name:
+        if not asked:
             check_same_source(out, source)
         make_room(out, part, old)
         try:

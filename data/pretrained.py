@@ -31,6 +31,7 @@ if not __package__:  # run as a script: make the project importable
 
 from common import keep_old, run, save_checkpoint
 from data.errors import UserError, show
+from data.temporary import temporary
 from data.tokenizer import Tokenizer
 from data.weights import Gguf, read_safetensors
 from model import GPT, GPTConfig
@@ -391,7 +392,7 @@ def main():
     train_config["block_size"] = min(PRESET["block_size"], model.config.block_size)
     for name in ("n_layer", "n_head", "n_embd"):   # train.py compiles a deep model block by block
         train_config[name] = getattr(model.config, name)
-    new = out / "new.pt"                           # what is there is moved once this is complete
+    new = temporary(out / "ckpt.pt", "new")        # what is there is moved once this is complete
     save_checkpoint(new, model, tokenizer=spec, step=0, train_config=train_config,
                     source=path.name, source_sha256=digest)
     keep_old(out)
