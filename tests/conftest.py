@@ -78,6 +78,19 @@ def nothing_is_written_outside_tmp_path(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def symlink():
+    """symlink(path, target). Windows lets some users alone make links; the test is skipped there"""
+    def make(path, target):
+        try:
+            path.symlink_to(target)
+        except OSError as error:
+            if os.name != "nt":
+                raise
+            pytest.skip(f"symbolic links: {error}")
+    return make
+
+
+@pytest.fixture
 def float64():
     """new tensors are float64, from a fixed seed: exactness tests see mistakes, not rounding. Undone afterwards."""
     before = torch.get_default_dtype()

@@ -9,7 +9,8 @@ lab.py: the exercises of tests/README.md, for students and for who teaches them.
     python tests/lab.py handout DIR 3 4   the same with these two
 
 `start` keeps what it takes out in .lab/answers.json. `handout` writes that file beside DIR: give it
-to the students afterwards, as .lab/answers.json, and `solve` works in their copies, too.
+to the students afterwards, into .lab/ (beside the answers.json there, which holds what their own
+`start` took out), and `solve` works in their copies, too.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def find(root, function):
     which lines are its body, without the docstring"""
     file, name = function.split("::")
     source = read(root / file)
-    node = ast.parse(source, file)
+    node = ast.parse(source.lstrip("\ufeff"), file)   # Python takes a byte-order mark, too
     for part in name.split("."):
         named = [n for n in node.body if getattr(n, "name", "") == part]
         if not named:
@@ -75,9 +76,10 @@ def set_stub(root, function, stub):
 
 
 def read_answers(root):
-    """{function: body}; in a hand-out {function: None}"""
-    path = root / ".lab/answers.json"
-    return json.loads(read(path)) if path.is_file() else {}
+    """{function: body}; in a hand-out {function: None}. A teacher's file of any name comes last"""
+    paths = [root / ".lab/answers.json", *(root / ".lab").glob("*-answers.json")]
+    found = [json.loads(read(path)) for path in paths if path.is_file()]
+    return {function: body for answers in found for function, body in answers.items()}
 
 
 def function_state(root, function):
@@ -128,7 +130,7 @@ def solve(root, number):
     functions = [f for f in EXERCISES[number].functions if answers.get(f)]
     if not functions:
         sys.exit(f"there is no answer of exercise {number} here: it was not started in this "
-                 "folder, or your teacher has the answers (a file that becomes .lab/answers.json)")
+                 "folder, or your teacher has the answers (a file that goes into .lab/)")
     kept = root / f".lab/exercise_{number}.txt"
     with kept.open("a", encoding="utf-8", newline="") as file:
         file.writelines(f"# {f}\n{get_body(root, f)}\n\n" for f in functions)
@@ -244,7 +246,7 @@ def handout(root, folder, numbers):
     write(folder / ".lab/answers.json", json.dumps(dict.fromkeys(answers), indent=1))
     write(beside, json.dumps(answers, indent=1))
     print(f"{folder}: emptied exercises {', '.join(map(str, numbers))}\n"
-          f"{beside}: the answers, for later. In a student's folder it becomes .lab/answers.json")
+          f"{beside}: the answers, for later. It goes into .lab/ of a student's folder")
 
 
 def exercise_number(text):
@@ -273,3 +275,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except SyntaxError as error:
         sys.exit(f"{error.filename}, line {error.lineno}: {error.msg}; mend that line first")
+    except UnicodeDecodeError as error:
+        sys.exit(f"a file is not UTF-8 ({error}); save it again as UTF-8")

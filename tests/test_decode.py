@@ -387,7 +387,8 @@ class Branches:
 
 
 def branches_of_a_round(rule, V, K):
-    return {"residual": V**K * 2**K * V, "point": 2**K * V, "match": V ** (K + 1)}[rule]
+    of_a_sampled_draft = V**K * 2**K * V        # residual, and a rule of your own
+    return {"point": 2**K * V, "match": V ** (K + 1)}.get(rule, of_a_sampled_draft)
 
 
 def some_distributions(kind, shape, gen):
@@ -676,7 +677,7 @@ def test_the_random_numbers_of_a_round_are_one_call_and_each_serves_one_purpose(
     gen = torch.Generator().manual_seed(0)
     noise = decode.make_noise(rule, 3, 2, torch.zeros(5, 1))
     noise.numbers.exponential_(generator=gen)
-    want = {"residual": (2, 2), "point": (0, 2), "match": (2, 0)}[rule]
+    want = {"point": (0, 2), "match": (2, 0)}.get(rule, (2, 2))
     assert (noise.draft.size(1), noise.accept.size(1)) == want
     assert noise.draft.size(2) == noise.emit.size(1) == 5
     numbers = torch.cat([x.flatten() for x in noise[1:]])

@@ -54,9 +54,11 @@ def attend(attention, x, model=None):
 
 def test_1_no_row_sees_a_later_token():
     """Row i of the output may depend on rows 0 .. i of x, and must depend on each of them: is the
-    mask on the right side of the diagonal?"""
+    mask on the right side of the diagonal and before the softmax, the softmax over the keys, and
+    are a row's heads, not its neighbours, put side by side?"""
     attention, x = make_gpt().blocks[0].attn, waves(1, 6, 8)
     before = attend(attention, x)
+    assert before.isfinite().all(), "the output is not finite (0 times inf is nan)"
     for j in range(6):
         changed = x.clone()
         changed[:, j] += 1
@@ -167,11 +169,14 @@ class Digits(torch.nn.Module):
     """stands in for a head: appends the digit of the embedding to the number of the hidden state,
     so that the digits of a state say what it has read"""
 
+    runs = 0
+
     def forward(self, hidden, embed, positions, cache=None):
         assert hidden.shape == embed.shape, (
             f"hidden {tuple(hidden.shape)}, embed {tuple(embed.shape)}")
         found, rows = positions.rope.shape[-2], hidden.shape[1]
         assert found == rows, f"angles of {found} positions for {rows} rows"
+        self.runs += 1
         self.rope = positions.rope
         return 10 * hidden + embed
 
@@ -184,6 +189,8 @@ def cascade_of_digits(K, T):
     h0 = digits.clone()
     states = model.cascade(h0, digits)
     assert torch.equal(h0, digits), "h0 was changed in place"
+    runs = [head.runs for head in model.heads]
+    assert max(runs, default=0) < 2, f"heads 1 .. {K} were run {runs} times: each once"
     assert len(states) == K + 1, f"{len(states)} states, not K+1 = {K + 1}"
     return model, states
 
@@ -646,6 +653,16 @@ def test_6_how_often_a_draft_is_accepted(rule):
 
 
 @pytest.mark.parametrize("rule", ["match", "point"])
+def test_6_no_drafts(rule):
+    """K = 0, a round without drafts, emits a token of row 0 (`decode.py --heads 0` runs match)."""
+    noise = some_noise(rule, ROUNDS, 0, 3)
+    drafts = torch.zeros(ROUNDS, 0, dtype=torch.long)
+    accepted, token = decode.RULES[rule](P[:1].expand(ROUNDS, 1, 3), None, drafts, noise)
+    assert not accepted.any()
+    assert_frequencies(token, P[0], "the token")
+
+
+@pytest.mark.parametrize("rule", ["match", "point"])
 def test_6_a_certain_token(rule):
     """A token of probability 1 is emitted whatever the random numbers are, even where rounding
     rejects it: residual_probs has the guard for an empty rest."""
@@ -700,9 +717,9 @@ def every_outcome(monkeypatch, function):
             return torch.tensor(taken[-1])
 
         def bernoulli(p, noise=None, choose=choose):
-            p = torch.as_tensor(p)
-            yes = p.flatten()[0].clamp(0, 1)
-            return choose(torch.stack((1 - yes, yes))).bool().expand(p.shape)
+            p = torch.as_tensor(p).clamp(0, 1)
+            yes = [choose(torch.stack((1 - y, y))) for y in p.flatten()]
+            return torch.tensor(yes).bool().view(p.shape)
 
         with monkeypatch.context() as patch:
             patch.setattr(
@@ -719,7 +736,7 @@ def every_outcome(monkeypatch, function):
 def test_8_the_next_token_has_the_main_heads_distribution(monkeypatch, length, heads):
     """Whatever a round emitted before, its next token has the distribution of the main head.
     Prompts of 1 token (no h^0 for head 1 to read yet) and contexts (12 here) that are nearly
-    full have rounds with fewer drafts, or none."""
+    full have rounds with fewer drafts, or none. Each choice is made by sample or bernoulli."""
     model = make_gpt(vocab_size=3, n_mtp=2)
     tokens = [1, 0, 2, 2, 0, 1, 1, 2, 0, 0, 1][:length]
     found = every_outcome(monkeypatch, lambda: decode.speculative_round(model, tokens, heads, 3.0))
@@ -750,6 +767,39 @@ def test_8_drafts_are_accepted(monkeypatch):
     both = sum(float(first[d]) * second[d] for d in range(3))
     for n, want in ((1, float(first.sum())), (2, both)):
         assert sum(w for block, w in found.items() if len(block) > n) == pytest.approx(want)
+
+
+def test_8_the_random_numbers():
+    """`noise` is drawn anew in each round, from the generator and by exponential_; each of its
+    numbers serves once; and temperature 0, which `probabilities` knows, is greedy."""
+    model, known = make_gpt(vocab_size=3, n_mtp=2), {}
+    all_logits = model.all_logits
+
+    def remembered(ids):
+        key = tuple(ids.flatten().tolist())
+        if key not in known:
+            known[key] = all_logits(ids)
+        return known[key]
+    model.all_logits = remembered
+    tokens = [1, 0, 2, 2]
+
+    def blocks(seed, rounds):
+        generator = torch.Generator().manual_seed(seed)
+        return [decode.speculative_round(model, tokens, 2, 3.0, generator) for _ in range(rounds)]
+
+    def probs(known):
+        return (model.all_logits(torch.tensor([known]))[0][0, -1] / 3).softmax(-1)
+    assert blocks(1, 50) == blocks(1, 50) != blocks(2, 50), "same seed, same text"
+    found = blocks(1, 2000)
+    assert_frequencies(torch.tensor([b[0] for b in found]), probs(tokens), "the first token")
+    for first in range(3):
+        second = torch.tensor([b[1] for b in found if b[0] == first and len(b) > 1])
+        if len(second):
+            assert_frequencies(second, probs([*tokens, first]), f"the second token, after {first}")
+    for prompt in ([1, 0, 2, 2], [1, 1], [0, 2, 1], [2, 2]):
+        block = decode.speculative_round(model, prompt, 2, 0.0)
+        for i, token in enumerate(block):
+            assert token == probs([*prompt, *block[:i]]).argmax(), "temperature 0"
 
 
 # ---- 9. positions
@@ -819,13 +869,15 @@ def test_10_every_divergence():
 
 
 def test_10_two_of_the_papers():
-    """Reverse KL and total variation of two coins, by hand: log_p is the student's, log_q the
-    teacher's."""
-    p, q = torch.tensor([0.25, 0.75]).log(), torch.tensor([0.5, 0.5]).log()
+    """Reverse KL and total variation of four tokens, by hand: log_p is the student's, log_q the
+    teacher's. And the squared Hellinger distance, once it is there."""
+    p, q = torch.tensor([0.1, 0.2, 0.3, 0.4]).log(), torch.tensor([0.3, 0.3, 0.2, 0.2]).log()
     assert distill.DIVERGENCES["reverse"](p, q).item() == pytest.approx(
-        0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+        0.1 * math.log(1 / 3) + 0.2 * math.log(2 / 3) + 0.3 * math.log(1.5) + 0.4 * math.log(2)
     )
-    assert distill.DIVERGENCES["tv"](p, q).item() == pytest.approx(0.25)
+    assert distill.DIVERGENCES["tv"](p, q).item() == pytest.approx(0.3)
+    if "hellinger" in distill.DIVERGENCES:
+        assert distill.DIVERGENCES["hellinger"](p, q).item() == pytest.approx(0.0540543, abs=1e-6)
 
 
 # ---- 13. looped heads
@@ -854,6 +906,21 @@ def test_13_weights_are_copied_and_not_shared():
     heads = [*model.heads, *loop_heads(model, 5).heads]
     places = [weight.data_ptr() for head in heads for weight in head.parameters()]
     assert len(set(places)) == len(places)
+
+
+def test_13_what_the_docstring_promises():
+    """No more heads than the model has: a UserError. Without heads to copy, the new ones are
+    random. The model that was copied stays as it is, and the new one can decode to the end of its
+    context (its table of angles grows with n_mtp)."""
+    from common import UserError
+    from extend import loop_heads
+    model = make_gpt(n_mtp=2)
+    for n in (1, 2):
+        with pytest.raises(UserError):
+            loop_heads(model, n)
+    assert len(loop_heads(make_gpt(), 3).heads) == 3
+    (ids,), _ = decode.generate(loop_heads(model, 6).eval(), [1, 2], 99)
+    assert len(ids) == 10 and model.config.n_mtp == len(model.heads) == 2
 
 
 def test_the_signatures_are_those_of_the_exercises():

@@ -135,25 +135,25 @@ def test_folder_is_read_in_order(tmp_path):
     assert list(P.read_source(tmp_path / "in", set())) == ["one", "two", "three", "four"]
 
 
-def test_what_a_folder_hides_is_left_out(tmp_path):
+def test_what_a_folder_hides_is_left_out(tmp_path, symlink):
     root = tmp_path / "in"
     names = ("a.txt", ".hidden.txt", "._a.txt", ".git/b.txt", "c/.d/e.txt", "g.tar.gz", "h.zip")
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name, encoding="utf-8")
     (root / "c" / "f.JSONL").write_text('{"text": "rows"}', encoding="utf-8")
-    (root / "link.txt").symlink_to(tmp_path / "nothing")
-    (root / "loop").symlink_to(root)
+    symlink(root / "link.txt", tmp_path / "nothing")
+    symlink(root / "loop", root)
     (root / "folder.txt").mkdir()
     assert list(P.read_source(root, set())) == ["a.txt", "rows"]
     P.prepare(root, "bytes", tmp_path / "out", quiet=True)
 
 
-def test_the_folder_of_a_text_has_its_name_and_stamp(tmp_path, monkeypatch):
+def test_the_folder_of_a_text_has_its_name_and_stamp(tmp_path, monkeypatch, symlink):
     monkeypatch.setattr(P, "HERE", tmp_path / "data")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("some text " * 20, encoding="utf-8")
-    (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "nothing")
+    symlink(tmp_path / "in" / "link.txt", tmp_path / "nothing")
     folder = P.find_dataset(str(tmp_path / "in"), "bytes")
     (tmp_path / "in" / ".swap").write_text("an editor's", encoding="utf-8")  # no part of the text
     assert P.find_dataset(str(tmp_path / "in"), "bytes") == folder
@@ -165,7 +165,7 @@ def test_the_folder_of_a_text_has_its_name_and_stamp(tmp_path, monkeypatch):
         P.find_dataset("x" * 300)
 
 
-def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, monkeypatch):
+def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, monkeypatch, symlink):
     root = tmp_path / "lib"
     for name in ("z.py", "a/b.py", "a-b.py", "test/t.py", "a/tests/t.py", "site-packages/p.py",
                  "encodings/x.py", "_sysconfigdata_x.py", "a/note.txt"):
@@ -173,7 +173,7 @@ def test_python_source_leaves_out_tests_tables_and_other_encodings(tmp_path, mon
         (root / name).write_bytes(b"\xef\xbb\xbf" * (name == "z.py") + name.encode() + b"\r\n")
     (root / "latin.py").write_bytes(b"# caf\xe9")
     (root / "empty.py").write_bytes(b"")
-    (root / ".#lock.py").symlink_to(tmp_path / "nothing")  # an editor's
+    symlink(root / ".#lock.py", tmp_path / "nothing")  # an editor's
     (root / "folder.py").mkdir()
     monkeypatch.setattr(P.sysconfig, "get_path", lambda name: str(root))
     skipped = set()

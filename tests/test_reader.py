@@ -79,8 +79,8 @@ def test_what_is_no_text_is_refused_in_one_line(tmp_path, name, content, message
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_paths_that_can_not_be_read(tmp_path, monkeypatch):
-    (tmp_path / "link.txt").symlink_to(tmp_path / "nothing")
+def test_paths_that_can_not_be_read(tmp_path, monkeypatch, symlink):
+    symlink(tmp_path / "link.txt", tmp_path / "nothing")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("some text", encoding="utf-8")
     for call in (read_prompts, lambda path: P.prepare(path, "bytes", tmp_path / "out", quiet=True)):
