@@ -150,7 +150,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     title, part = PARTS[args.part]
     rows = part(device, pick_dtype("auto", device)[0])
-    if args.json:
+    if args.json or args.part in ("shapes", "extension"):     # these print no table themselves
         print(json.dumps({title: rows}))
 
 

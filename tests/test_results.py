@@ -1265,3 +1265,12 @@ def test_the_cards_get_their_flags(monkeypatch, capsys):
     assert [(cfg.dtype, cfg.preset, cfg.fast, cfg.n_layer) for cfg in cfgs] == [
         ("float32", "small", "off", 3), ("bfloat16", "small", "off", 3)]
     assert (device.type, sizes, repeats) == ("cuda", [6, 8], 7)
+
+
+def test_a_part_of_cost_without_a_table_prints_its_rows(monkeypatch, capsys):
+    from results import cost
+    monkeypatch.setitem(cost.PARTS, "shapes", ("rounds", lambda device, dtype: [dict(ms=1.0)]))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["cost.py", "shapes"])
+    cost.main()
+    assert json.loads(capsys.readouterr().out) == {"rounds": [{"ms": 1.0}]}
