@@ -27,8 +27,7 @@ from model import GPT, GPTConfig
 def flag(default, help, min=0, max=1e18, choices=()):
     """a field of a config dataclass that is a command-line flag: what it means and may be (min and
     max are for numbers; PyTorch counts to 9.2e18)"""
-    limits = (min, max, choices)
-    return dataclasses.field(default=default, metadata=dict(help=help, limits=limits))
+    return dataclasses.field(default=default, metadata=dict(help=help, limits=(min, max, choices)))
 
 
 # beside the flags of a dataclass, see parse

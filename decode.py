@@ -208,6 +208,7 @@ def match(target_probs, draft_probs, drafts, noise):
 
 
 RULES = {"residual": residual, "point": point, "match": match}
+FIXED_DRAFT = ("point", "match")   # the other rules are given a draft that was sampled, and q
 
 
 # -----------------------------------------------------------------------------
@@ -272,7 +273,7 @@ class Decoder:
     buffer  (B, slots) tokens: t_0 .. t_n, then the current round's drafts
     n       (B,) position of the last known token
     limit   (B,) the largest n may become; a sequence with n = limit is finished, rounds leave it
-    valid   (heads+1, B) of heads 1 .. k, the rows before valid[k] are in the cache, and correct
+    valid   (heads+1, B) rows before valid[j] of head j <= k are in the cache, and correct
     drafts  (B, K) what the last round drafted, for --trace
     accepted  (heads+1, heads+1) at [k, a]: how many forwards with k heads accepted a drafts
     why     which decoder this is, and why, in words (see make_decoder)
@@ -427,7 +428,7 @@ class Decoder:
             logits = self.model.logits(k, hidden[:, -1], self.draft_vocab)         # (B, V)
             probs, tokens, at = self.propose(logits, at, self.noise.draft[:, k - 1 : k])
             draft_probs.append(probs)
-        return torch.stack(draft_probs, 1) if self.rule == "residual" else None
+        return None if self.rule in FIXED_DRAFT else torch.stack(draft_probs, 1)
 
     def propose(self, logits, at, noise):
         """logits of head k (B, V), the places of the tokens it read (B, width), random numbers ->
@@ -435,13 +436,13 @@ class Decoder:
         tokens that head k+1 reads, and their places. Writes d_k into the buffer"""
         last = at[:, -1:] + 1                             # the place of d_k
         at = at + 1
-        probs = None
-        if self.rule == "residual":
+        if self.rule in FIXED_DRAFT:
+            probs = None
+            draft = argmax(logits)
+        else:
             probs = probabilities(logits, self.temperature, self.top_k)
             probs = F.pad(probs, (0, len(self.model.weight) - probs.size(-1)))     # draft_vocab
             draft = sample(probs, noise[:, 0])
-        else:
-            draft = argmax(logits)
         # same as reading after the write, but saves a kernel launch
         tokens = torch.where(at == last, draft[:, None], self.buffer[self.seq, at])
         self.buffer[self.seq, last] = draft[:, None]
@@ -483,9 +484,9 @@ class Decoder:
         return int((self.limit - self.n).max())
 
     def rounds(self, left):
-        """how many rounds to run before the next look, if so many tokens are left"""
+        """how many rounds to run before the host looks at what is left, if that is `left` tokens"""
         rounds = -(-left // (self.k + 1))
-        if self.auto or self.stop_token is not None:       # a look at a GPU costs about a round
+        if self.auto or self.stop_token is not None:       # to wait for a GPU costs about a round
             rounds = min(rounds, 8 if self.n.is_cuda else 1)
         return rounds
 

@@ -41,7 +41,7 @@ class GPTConfig:
     n_embd: int = 384        # d
     n_mtp: int = 4           # K; 0 is a plain GPT
     dropout: float = 0.0
-    embed_std: float = 0.02  # std of the embedding's initial weights; narrow models like more
+    embed_std: float = 0.02  # std of the embedding's initial weights; more for narrow models
     n_kv_head: int = 0       # G key-value heads, each shared by H/G attention heads; 0: n_head
     swiglu: int = 0          # width F of a gated SiLU feed-forward; 0: squared ReLU, F = 4 d
     rope_base: float = 10000.0
@@ -139,9 +139,8 @@ class Attention(nn.Module):
         k = rotate(k, positions.rope)
         if cache is None:
             p = self.dropout if self.training else 0.0
-            shared = k.size(1) < q.size(1)
             y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, dropout_p=p, enable_gqa=shared
+                q, k, v, is_causal=True, dropout_p=p, enable_gqa=k.size(1) < q.size(1)
             )
         else:
             y = self.attend_to_cache(q, k, v, positions, cache)
@@ -298,8 +297,9 @@ class GPT(nn.Module):
         Entry k is (B, T-k, d): row i of head k stands at position i and reads Emb(t_{i+k})."""
         states = [h0]
         for k, head in enumerate(self.heads, 1):
-            T = max(0, h0.size(1) - k)
-            states.append(head(states[-1][:, :T], embed[:, k:], self.angles(T)))
+            next_embed = embed[:, k:]
+            T = next_embed.size(1)
+            states.append(head(states[-1][:, :T], next_embed, self.angles(T)))
         return states
 
     def normed(self, k, hidden):

@@ -250,10 +250,11 @@ def folder_tokenizer(folder, settings):
     file = read_json(path)
     template = folder / "chat_template.jinja"
     more = folder / "tokenizer_config.json"
+    more = read_json(more) if more.exists() else {}
     if template.exists():
         template = template.read_text(encoding="utf-8")
     else:
-        template = read_json(more).get("chat_template") if more.exists() else None
+        template = more.get("chat_template")
     try:
         model, rule = file["model"], file["pre_tokenizer"]
         ids = dict(model["vocab"])
@@ -267,6 +268,10 @@ def folder_tokenizer(folder, settings):
             kinds.append(f"{step['type']} with other options" if odd else step["type"])
         if model["type"] != "BPE" or file.get("normalizer") or model.get("ignore_merges"):
             raise ValueError("it has a normalizer, or other rules than merges")
+        post = file.get("post_processor") or {}
+        steps = post.get("processors", [post])
+        if more.get("add_bos_token") or any(step.get("special_tokens") for step in steps):
+            raise ValueError("it puts a start token before every text")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a byte-level BPE ({type(error).__name__} {error}); use "
                         "another model") from None
@@ -356,6 +361,8 @@ def load_pretrained(path, dtype):
                             "tokens: it is damaged, or another kind of model")
         Tokenizer(spec)
         config = make_config(path, settings, vocab_size, 0 if from_gguf else 1)
+    except UserError:
+        raise                                  # a ValueError, too: it says what was found
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         # an entry of another type than it should have
         raise UserError(f"{path} is damaged, or of a form that is not known here "
@@ -393,10 +400,13 @@ def main():
     for name in ("n_layer", "n_head", "n_embd"):   # train.py compiles a deep model block by block
         train_config[name] = getattr(model.config, name)
     new = temporary(out / "ckpt.pt", "new")        # what is there is moved once this is complete
-    save_checkpoint(new, model, tokenizer=spec, step=0, train_config=train_config,
-                    source=path.name, source_sha256=digest)
-    keep_old(out)
-    os.replace(new, out / "ckpt.pt")
+    try:
+        save_checkpoint(new, model, tokenizer=spec, step=0, train_config=train_config,
+                        source=path.name, source_sha256=digest)
+        keep_old(out)
+        os.replace(new, out / "ckpt.pt")
+    finally:
+        new.unlink(missing_ok=True)
     show(f"{path.name}: {model.config}")
     show(f"{model.count_parameters()['total']:,} parameters; checkpoint {out / 'ckpt.pt'}")
 

@@ -70,6 +70,8 @@ class SelfTextConfig:
 def prompt_source(name, tokenizer, meta, length, rng):
     """-> function that returns one prompt, a list of ids"""
     size = min(PROMPT, length // 2)                # of a text that is to be continued
+    if not name:
+        raise UserError("--prompts has an empty name between its commas: take that comma away")
     if name == "val":
         config = meta["train_config"]
         folder = find_dataset(config["data"], config.get("tokenizer", ""))

@@ -383,6 +383,9 @@ def head_counts(K, wanted):
     return [k for k in ((1, 2, 3, 4) if K <= 4 else (4, 8, 16, 32)) if k <= K] + ["auto"]
 
 
+WARM_UP = 16       # tokens that are decoded before the clock starts
+
+
 class Timed(NamedTuple):
     """a model, its decoders by their number of heads, and what they did with each group of prompts
     """
@@ -424,7 +427,7 @@ def bench_decoding(models, prompts, cfg, temperature, kinds=()):
         decoders = {}
         for heads in [0, *head_counts(model.config.n_mtp, cfg.heads)]:
             decoders[heads] = make_decoder(model, prompts, cfg, heads, B, temperature, generator)
-            decode.run_decoder(decoders[heads], groups[0], min(16, cfg.tokens))     # warm up
+            decode.run_decoder(decoders[heads], groups[0], min(WARM_UP, cfg.tokens))
         fixed = {heads: decoder for heads, decoder in decoders.items() if heads != "auto"}
         times = time_rounds(fixed, groups[0], cfg.tokens)
         stats, seconds = [{heads: [] for heads in decoders} for _ in range(2)]

@@ -271,7 +271,7 @@ def shorten(value):
 FOLDER = str.maketrans({" ": "_", "/": "_", "%": "p", ":": "", "=": "", ",": ""})
 
 
-def train_job(args, scale, work, name, part, data, seed, more, **labels):
+def train_job(scale, work, name, part, data, seed, more, **labels):
     out = Path(work) / name.translate(FOLDER)
     command = ["train.py", *MODEL[scale].split(), "--eval_every", "100000", "--data", data,
                "--seed", str(seed), "--out", str(out), *more.split(), "--json"]
@@ -307,7 +307,7 @@ def effect_jobs(args, runner, sources):
                 for seed in args.seeds:
                     more = f"{extra} --n_mtp {K} --beta {beta if method == 'MTP-D' else 0}"
                     name = f"{text} K{K} {method} seed{seed}"
-                    jobs.append(train_job(args, args.scale, runner.work, name, "effect", data,
+                    jobs.append(train_job(args.scale, runner.work, name, "effect", data,
                                           seed, more, text=text, K=K, method=method))
     return jobs
 
@@ -339,7 +339,7 @@ def plain_jobs(args, runner, text, data, extra, kind):
     jobs = []
     for seed in args.seeds:
         name = f"{text} K0 same {kind} seed{seed}"
-        jobs.append(train_job(args, args.scale, runner.work, name, "plain", data, seed,
+        jobs.append(train_job(args.scale, runner.work, name, "plain", data, seed,
                               f"{extra} --n_mtp 0", text=text))
     return jobs
 
@@ -351,7 +351,7 @@ def timed_heads(args, runner, text, data, extra):
     if args.scale == "tiny":
         return find_row(runner, f"{text} K4 MTP-D seed{seed}")
     name = f"{text} K4 MTP-D alone seed{seed}"
-    runner.all([train_job(args, args.scale, runner.work, name, "plain", data, seed,
+    runner.all([train_job(args.scale, runner.work, name, "plain", data, seed,
                           f"{extra} --n_mtp 4 --beta 0.5", text=text, method="MTP-D")], each=1)
     return find_row(runner, name)
 
@@ -406,7 +406,7 @@ def ablation(args, runner, sources):
             if twin and runner.wants(name) and not runner.has(name):
                 # the same command has run in the part effect, perhaps on another machine
                 runner.append({**twin, "name": name, "part": "ablation", "variant": variant})
-            jobs.append(train_job(args, args.scale, runner.work, name, "ablation", data, seed,
+            jobs.append(train_job(args.scale, runner.work, name, "ablation", data, seed,
                                   f"{extra} --n_mtp 1 {beta} {more}", text=text, variant=variant))
     runner.all(jobs)
 
@@ -460,7 +460,7 @@ def deep_jobs(args, runner, sources):
             name = f"python deep K{K} {method} seed{seed}"
             more = f"{extra} --n_layer 24 --n_mtp {K} --beta {beta}"
             labels = dict(text="python deep", K=K, method=method)
-            jobs.append(train_job(args, args.scale, runner.work, name, "deep", data, seed, more,
+            jobs.append(train_job(args.scale, runner.work, name, "deep", data, seed, more,
                                   **labels))
     return jobs
 
@@ -481,7 +481,7 @@ def undetached_jobs(args, runner, sources):
     for seed in args.seeds:
         name = f"python deep K4 undetached seed{seed}"
         more = f"{extra} --n_layer 24 --n_mtp 4 --beta 0.5 --no-detach_teacher {PAPER}"
-        training.append(train_job(args, args.scale, runner.work, name, "undetached", data, seed,
+        training.append(train_job(args.scale, runner.work, name, "undetached", data, seed,
                                   more, text="python deep", K=4, method="undetached"))
     loop = extend_jobs(args, runner, ["python deep"], 8, "", "undetached", ["undetached"])
     return training, loop
@@ -724,6 +724,8 @@ def source(data, flags, tokenizer):
 def all_sources(args):
     """{text: (data, more flags)}"""
     if args.scale == "tiny":
+        if args.prose:
+            raise UserError("the tiny scale reads no prose: give --scale gpu, or leave --prose out")
         return {"python": source(args.python, "", "bpe:2048")}
     sources = {"python": source(args.python, "--dropout 0.1", "bpe:4096")}
     if args.prose:

@@ -1,6 +1,7 @@
 """shared by all tests: a fixed number of threads, no writes into the repository, float64."""
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # fast/ without a GPU, where Triton is installed
 
+# a job in the background of a shell ignores Ctrl-C, which tests raise
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # toy sizes: threads would mostly wait for each other, ten times as long on a busy machine
 
 

@@ -30,7 +30,7 @@ MUTATIONS = [
      "torch.cat((hidden, embed), dim=-1)", "torch.cat((embed, hidden), dim=-1)",
      ["test_model.py::test_all_logits_equal_the_loop_reference[1-plain]"]),
     ("head k gets the token before its own, t_{i+k-1}", "model.py",
-     "embed[:, k:], self.angles(T))", "embed[:, k - 1 : -1], self.angles(T))",
+     "next_embed = embed[:, k:]", "next_embed = embed[:, k - 1 : -1]",
      ["test_model.py::test_a_row_sees_exactly_the_tokens_before_its_target"]),
     ("every head reads the trunk, so there is no cascade", "model.py",
      "head(states[-1][:, :T]", "head(states[0][:, :T]",

@@ -106,6 +106,12 @@ def test_a_greedy_walk_takes_the_decoders_own_forwards(seed, V, K):
     assert sample.rates() == bench.text_acceptance(model, list(zip(prompts, texts)))
 
 
+def test_the_last_group_of_texts_is_filled_up():
+    prompts = [[1], [2], [0], [1, 2], [2, 1]]
+    texts, _ = acceptance.write(random_model(0, 3, 1), prompts, config(tokens=5, batch=3), 1, 0.0)
+    assert len(texts) == 5
+
+
 def slow_rounds(model, text, end, K):
     """the expected number of rounds from `text` on until it has `end` tokens: of all drafts, all
     ways to accept them and all tokens after them"""

@@ -55,7 +55,7 @@ def toy(made, tmp_path, monkeypatch):
 def test_fresh_heads_learn_and_what_was_there_stays_bit_identical(toy, monkeypatch, capsys):
     before, _ = common.load_checkpoint(toy)
     capsys.readouterr()
-    call(monkeypatch, extend, toy, *SHORT, "--steps=25", "--eval_every=25", "--batch_size=8",
+    call(monkeypatch, extend, toy, *SHORT, "--steps=12", "--eval_every=12", "--batch_size=8",
          "--lr=0.02", "--json")
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])

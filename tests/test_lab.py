@@ -392,7 +392,7 @@ BREAKS = [
      ["test_model.py::test_changing_a_token_changes_nothing_before_it",
       "test_model.py::test_a_row_sees_exactly_the_tokens_before_its_target", LOOPS, ROLLBACKS], []),
     (2, "one token too early", "model.py",
-     "embed[:, k:], self.angles(T))", "embed[:, k - 1 : -1], self.angles(T))",
+     "next_embed = embed[:, k:]", "next_embed = embed[:, k - 1 : -1]",
      [LOOPS, ROLLBACKS], []),
     (2, "swap the halves", "model.py",
      "torch.cat((hidden, embed), dim=-1)", "torch.cat((embed, hidden), dim=-1)",

@@ -377,7 +377,7 @@ def test_only_large_sets_are_mapped(good, monkeypatch):
 @pytest.mark.parametrize("name,content,message", [
     ("a.txt", b"", "no text"),
     ("a.txt", b" \n\t\n", "no text"),
-    ("a.txt", b"x", "too short"),
+    ("a.txt", b"x", "a.txt.* is too short"),
     ("a.txt", b"good\n<|endoftext|>\nbad \xff here", "a.txt is not UTF-8: line 3, byte 5 is 0xff"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a\.jsonl, line 2: expected .*text"),
     ("a.jsonl", b'{"text": 3}\n', "line 1"),

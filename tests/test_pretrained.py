@@ -290,12 +290,14 @@ def cut(make, keep):
     return made
 
 
-def folder_with(remove=None, damage=None, words=None, **changes):
+def folder_with(remove=None, damage=None, words=None, more=None, **changes):
     def make(folder):
         path = write_folder(folder / "toy", make_tensors("F16", len(tokens()))[0], **changes)
         if words:
             file = folder / "toy/tokenizer.json"
             file.write_text(json.dumps({**json.loads(file.read_text()), **words}), encoding="utf-8")
+        if more:
+            (folder / "toy/tokenizer_config.json").write_text(json.dumps(more), encoding="utf-8")
         if remove:
             (folder / "toy" / remove).unlink()
         if damage:
@@ -360,6 +362,10 @@ def f16(*shape):
     (folder_with(remove="tokenizer.json"), "tokenizer.json is missing"),
     (folder_with(damage="tokenizer.json"), "tokenizer.json is damaged"),
     (folder_with(words={"normalizer": {"type": "NFC"}}), "not a byte-level BPE .*normalizer"),
+    (folder_with(words={"post_processor": {"type": "Sequence", "processors": [
+        {"type": "ByteLevel"}, {"type": "TemplateProcessing", "special_tokens": {"<s>": {}}}]}}),
+     "a start token before every text"),
+    (folder_with(more={"add_bos_token": True}), "a start token before every text"),
     (folder_with(words={"pre_tokenizer": {"type": "Metaspace"}}),
      "by the rule 'Metaspace'; expected"),
     (folder_with(words={"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}),
@@ -383,6 +389,7 @@ def test_what_cannot_be_loaded_is_one_line_and_nothing_is_written(make, found, t
     with pytest.raises(SystemExit, match=found) as caught:
         common.run(pretrained.main)
     assert "\n" not in caught.value.code and not (tmp_path / "made").exists()
+    assert "UserError" not in caught.value.code, "an error inside another one"
 
 
 def test_a_tensor_that_is_there_twice(tmp_path):
@@ -402,8 +409,12 @@ def test_the_model_before_stays_where_the_new_one_cannot_be_written(tmp_path, mo
 
     def full(*args):
         raise OSError(28, "no space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="what was there before is unchanged"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="there before is unchanged"):
+        patch.setattr(torch, "save", full)
+        toy_checkpoint(tmp_path, monkeypatch)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr(pretrained, "keep_old", full)      # it can't be moved: nor is the new one left
+    with pytest.raises(OSError, match="no space"):
         toy_checkpoint(tmp_path, monkeypatch)
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 

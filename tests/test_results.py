@@ -771,6 +771,11 @@ def test_without_prompts_the_clock_says_what_makes_them(tmp_path, monkeypatch, c
     assert "python results/prompts.py --count 164" in capsys.readouterr().out
 
 
+def test_the_tiny_scale_reads_no_prose(tmp_path, monkeypatch, commands):
+    with pytest.raises(SystemExit, match="give --scale gpu"):
+        start(monkeypatch, tmp_path, "--part", "effect", "--prose", "text.txt")
+
+
 def test_gpt2_wants_prose_in_gpt2s_vocabulary(tmp_path, monkeypatch, commands, capsys):
     folder = tmp_path / "prose-bpe4096"
     folder.mkdir()

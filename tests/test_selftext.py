@@ -104,6 +104,8 @@ def test_rows_begin_with_their_prompts_and_go_on_to_the_length(chatty, monkeypat
     for name in ("chat", "chat:asked.txt"):
         with pytest.raises(SystemExit, match=f"{name} has no prompt of at most 4 tokens"):
             write(monkeypatch, chatty, f"--prompts={name}", "--length=8", out="other")
+    with pytest.raises(SystemExit, match="an empty name"):
+        write(monkeypatch, chatty, "--prompts=start,,chat", out="other")
 
 
 def test_own_models_continue_their_validation_text(own, monkeypatch, tmp_path):

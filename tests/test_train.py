@@ -126,6 +126,12 @@ def test_accumulation_does_not_change_the_result(data, tmp_path, changes):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+def test_a_large_vocabulary_is_padded_to_a_multiple_of_64(data, tmp_path):
+    cfg = config(data, tmp_path)
+    sizes = [len(train.new_model(cfg, size).weight) for size in (257, 1024, 1025)]
+    assert sizes == [257, 1024, 1088]
+
+
 def test_heads_without_weight_leave_the_main_head_alone(data, tmp_path):
     plain, heads = [config(data, tmp_path / str(K), n_mtp=K, alpha="0", beta="0", steps=8)
                     for K in (0, 3)]
