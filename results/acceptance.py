@@ -107,7 +107,7 @@ class Sample(NamedTuple):
 
     def rates(self):
         """-> AR and CAR of heads 1 .. K"""
-        return bench.rates(np.array([self.positions.sum(), *self.kept.sum(0)]))
+        return bench.rates_of_sums(np.array([self.positions.sum(), *self.kept.sum(0)]))
 
 
 def examine(model, prompts, texts, temperature, counts):

@@ -467,7 +467,7 @@ def decoding_rows(decoders, stats, kept, times, weights, shared, temperature):
     """rows of bench_decoding, one for each decoder: {heads: the Stats of the prompts}, the sum of
     their count_accepted, {heads: (ms of a round, of its drafts)}, the main model's bytes, and
     entries that all rows have"""
-    ar, car = rates(kept) if len(decoders) > 1 else ([], [])
+    ar, car = rates_of_sums(kept) if len(decoders) > 1 else ([], [])
     rows = []
     for heads in decoders:
         row = dict(heads=heads, temperature=temperature, decoder=decoders[heads].why, **shared)
@@ -558,7 +558,7 @@ def loops(ids):
 def text_acceptance(model, texts, *options, **more):
     """(AR, CAR), K numbers each, over all positions of pairs of a prompt and its continuation; the
     options are those of count_accepted"""
-    return rates(sum(count_accepted(model, *text, *options, **more) for text in texts))
+    return rates_of_sums(sum(count_accepted(model, *text, *options, **more) for text in texts))
 
 
 def count_accepted(
@@ -592,7 +592,7 @@ def count_accepted(
     return F.pad(kept.sum(0), (1, 0), value=len(kept))
 
 
-def rates(kept):
+def rates_of_sums(kept):
     """sums of count_accepted -> (AR, CAR)"""
     count, *sums = kept.tolist()
     car = [total / count for total in sums]
