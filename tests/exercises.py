@@ -39,7 +39,7 @@ EXERCISES = {
     5: Exercise(
         "acceptance: AR and CAR", 30,
         functions=("decode.py::accepted_lengths", "decode.py::rates"),
-        twins=("results/bench.py::rates", "results/bench.py::accept_probs",
+        twins=("results/bench.py::rates_of_sums", "results/bench.py::accept_probs",
                "results/acceptance.py::reach_probs", "results/entropy.py::curves",
                "tests/test_bench.py::test_acceptance_when_sampling_against_a_slow_loop",
                "tests/test_decode.py::test_acceptance_equals_a_loop_over_positions",
