@@ -269,12 +269,13 @@ def folder_tokenizer(folder, settings):
         if model["type"] != "BPE" or file.get("normalizer") or model.get("ignore_merges"):
             raise ValueError("it has a normalizer, or other rules than merges")
         post = file.get("post_processor") or {}
-        steps = post.get("processors", [post])
-        if more.get("add_bos_token") or any(step.get("special_tokens") for step in steps):
-            raise ValueError("it puts a start token before every text")
+        adding = [step for step in post.get("processors", [post]) if step.get("special_tokens")]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not a byte-level BPE ({type(error).__name__} {error}); use "
                         "another model") from None
+    if adding or more.get("add_bos_token"):
+        raise UserError(f"{path if adding else folder / 'tokenizer_config.json'} puts tokens of its "
+                        "own around every text, which is not supported; use another model")
     ids.update(added)
     tokens = [""] * (max(ids.values()) + 1)
     for token, i in ids.items():

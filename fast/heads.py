@@ -24,7 +24,7 @@ SHORT = 16         # with fewer tokens left, no change is worth a look at the co
 # on a GPU the choice is among these and all heads, for each has a CUDA graph of its own
 HEAD_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16)
 FREE_ROWS = 16     # with so many rows, a matrix product takes as long as with one,
-DOUBLE_ROWS = 100  # with so many more twice as long (24 layers of 384 on an H200)
+DOUBLE_ROWS = 200  # with so many more twice as long (24 layers of 384 on an H100)
 
 
 class HeadChoice:

@@ -608,10 +608,10 @@ def accept_probs(target_probs, draft_probs, accept):
     for k, q in enumerate(draft_probs, 1):
         p = target_probs[k : k + rows]                    # of the same token
         q = F.pad(q[:rows], (0, p.size(1) - q.size(1)))   # draft_vocab
-        if accept == "residual":
-            result.append(torch.minimum(p, q).sum(-1))
-        else:
+        if accept in decode.FIXED_DRAFT:
             result.append(p.gather(1, q.argmax(-1, keepdim=True))[:, 0])
+        else:                                             # residual, as for a rule of your own
+            result.append(torch.minimum(p, q).sum(-1))
     return torch.stack(result, 1)
 
 

@@ -76,7 +76,7 @@ def set_stub(root, function, stub):
 
 
 def read_answers(root):
-    """{function: body}; in a hand-out {function: None}. A teacher's file of any name comes last"""
+    """{function: body}; in a hand-out {function: None}. A teacher's *-answers.json comes last"""
     paths = [root / ".lab/answers.json", *(root / ".lab").glob("*-answers.json")]
     found = [json.loads(read(path)) for path in paths if path.is_file()]
     return {function: body for answers in found for function, body in answers.items()}

@@ -112,7 +112,7 @@ def distribution(logits, temperature, top_k):
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"draft_vocab": 3},
                                      {"temperature": 0.5, "top_k": 3, "draft_vocab": 4}])
-@pytest.mark.parametrize("accept", ["residual", "match", "point"])
+@pytest.mark.parametrize("accept", ["residual", "match", "point", "a rule of your own"])
 def test_acceptance_when_sampling_against_a_slow_loop(accept, options):
     torch.manual_seed(3)
     model = GPT(GPTConfig(6, 24, 1, 1, 8, 2)).double().eval()
@@ -131,7 +131,7 @@ def test_acceptance_when_sampling_against_a_slow_loop(accept, options):
             q = distribution(logits[k][i][: options.get("draft_vocab")], T, top_k)
             draft = max(q, key=q.get)
             rate = p.get(draft, 0)
-            if accept == "residual":
+            if accept not in ("match", "point"):
                 rate = sum(min(p.get(v, 0), q[v]) for v in q)
             kept.append(kept[-1] * rate)
         want.append(kept[1:])

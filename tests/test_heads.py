@@ -462,7 +462,7 @@ def test_costs_by_the_weights_that_are_read():
     assert short[2] == pytest.approx(1 + 2 * (head + 10 * 8) / main)
     # 64 sequences: 64, 128, 192 rows, so 48, 112, 176 after the first 16
     many, one = round_costs(model, 64), round_costs(model, 1)
-    assert many == pytest.approx([x * y / 148 for x, y in zip(one, (148, 212, 276))])
+    assert many == pytest.approx([x * y / 248 for x, y in zip(one, (248, 312, 376))])
     assert round_costs(copy(model, n_mtp=0), 1) == [1.0]
 
 

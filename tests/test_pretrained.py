@@ -364,8 +364,8 @@ def f16(*shape):
     (folder_with(words={"normalizer": {"type": "NFC"}}), "not a byte-level BPE .*normalizer"),
     (folder_with(words={"post_processor": {"type": "Sequence", "processors": [
         {"type": "ByteLevel"}, {"type": "TemplateProcessing", "special_tokens": {"<s>": {}}}]}}),
-     "a start token before every text"),
-    (folder_with(more={"add_bos_token": True}), "a start token before every text"),
+     "tokenizer.json puts tokens of its own around every text"),
+    (folder_with(more={"add_bos_token": True}), "tokenizer_config.json puts tokens of its own"),
     (folder_with(words={"pre_tokenizer": {"type": "Metaspace"}}),
      "by the rule 'Metaspace'; expected"),
     (folder_with(words={"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}),
