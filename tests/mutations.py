@@ -378,7 +378,7 @@ MUTATIONS = [
 
     # ---- results/bench.py
     ("the acceptance of a fixed draft is that of a sampled one, and the other way round", "results/bench.py",
-     '        if accept == "residual":\n', '        if accept != "residual":\n',
+     '        if accept in decode.FIXED_DRAFT:\n', '        if accept not in decode.FIXED_DRAFT:\n',
      ["test_bench.py::test_acceptance_when_sampling_against_a_slow_loop"]),
     ("the predicted speedup is upside down", "results/bench.py",
      "predicted_speedup=expected * ms_step / ms_round", "predicted_speedup=expected * ms_round / ms_step",
