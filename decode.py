@@ -484,7 +484,7 @@ class Decoder:
         return int((self.limit - self.n).max())
 
     def rounds(self, left):
-        """how many rounds to run before the host looks at what is left, if that is `left` tokens"""
+        """how many rounds to run before the host looks again, if `left` tokens are left"""
         rounds = -(-left // (self.k + 1))
         if self.auto or self.stop_token is not None:       # to wait for a GPU costs about a round
             rounds = min(rounds, 8 if self.n.is_cuda else 1)

@@ -1,11 +1,11 @@
 """
 extend.py: looped extension, from m MTP heads to more (MTP-D, arXiv 2603.23911, section 3).
 
-    python extend.py out/smollm2/ckpt.pt --heads 4         the first heads of a model without any
     python extend.py out/tiny/ckpt.pt --heads 8            train 4 more heads -> out/tiny-8/ckpt.pt
     python extend.py out/tiny/ckpt.pt --heads 8 --steps 0  the training-free pilot: only the copy
     python extend.py out/tiny-8/ckpt.pt --heads 16         and again
     python extend.py --resume out/tiny-8/ckpt.pt           continue an extension that was stopped
+    python extend.py out/smollm2/ckpt.pt --heads 4         the first heads of a model without any
     python extend.py -h                                    every flag and its meaning
 
 A flag that is not given is as in the training that wrote the checkpoint, but for --steps (a fifth

@@ -415,8 +415,8 @@ def write_dataset(source, tokenizer, part, shards, sample_mb, quiet, val):
     for name in ("train", "val"):
         tokens = meta[f"{name}_tokens"]
         if tokens < 2:
-            raise UserError(f"{name_of(source)} is too short: {tokens} tokens for {name}, expected 2 "
-                            "or more; give more text")
+            raise UserError(f"{name_of(source)} is too short: {tokens} tokens for {name}, expected "
+                            "2 or more; give more text")
     if spec["kind"] == "bpe":  # long, so that it lies beside meta.json, which stays readable
         (part / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
         spec = {"kind": "bpe", "file": "tokenizer.json"}

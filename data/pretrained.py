@@ -274,8 +274,9 @@ def folder_tokenizer(folder, settings):
         raise UserError(f"{path} is not a byte-level BPE ({type(error).__name__} {error}); use "
                         "another model") from None
     if adding or more.get("add_bos_token"):
-        raise UserError(f"{path if adding else folder / 'tokenizer_config.json'} puts tokens of its "
-                        "own around every text, which is not supported; use another model")
+        file = path if adding else folder / "tokenizer_config.json"
+        raise UserError(f"{file} puts tokens of its own around every text, which is not supported; "
+                        "use another model")
     ids.update(added)
     tokens = [""] * (max(ids.values()) + 1)
     for token, i in ids.items():
