@@ -146,8 +146,7 @@ def check(cfg):
     """-> cfg; raises a UserError where a flag is out of range, or two don't go together"""
     check_flags(cfg)
     head_weights(cfg)
-    _, world = processes()
-    step = world * (cfg.micro_batch or 1)
+    step = processes()[1] * (cfg.micro_batch or 1)
     if cfg.batch_size % step:
         raise UserError(f"--batch_size is {cfg.batch_size}; it must be a multiple of {step} "
                         "(--micro_batch, times the number of processes)")
@@ -615,8 +614,10 @@ def resume(path, given, writer="train.py"):
         **given,
     })
     target = Path(cfg.out) / "ckpt.pt"
+    if not target.exists():                    # another run may have left its best.pt alone
+        target = target.with_name("best.pt")
     if target.exists() and not target.samefile(path):
-        raise UserError(f"{target} is another checkpoint, which resuming {path} would overwrite; "
+        raise UserError(f"{target} is another checkpoint, which resuming {path} could overwrite; "
                         "give another folder with --out")
     return model, state, check(cfg)
 
@@ -685,8 +686,8 @@ def main():
         model = new_model(cfg, meta["vocab_size"])
     model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     if rank == 0:
-        counts = model.count_parameters().items()
-        parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts)
+        parts = ", ".join(f"{name} {n / 1e6:.2f}M"
+                          for name, n in model.count_parameters().items())
         show(f"device {device}, {str(dtype)[6:]} ({why}); preset {cfg.preset}, writing to "
              f"{cfg.out}\nparameters: {parts}\ndata: {len(train_ids):,} train and "
              f"{len(val_ids):,} val tokens of {meta['source']}")

@@ -463,6 +463,22 @@ def test_resuming_overwrites_no_other_checkpoint(data, tmp_path, monkeypatch):
     assert common.load_checkpoint(tmp_path / "c/ckpt.pt")[1]["step"] == 4
 
 
+def test_resuming_overwrites_no_other_best(data, tmp_path, monkeypatch):
+    """.. that is all that another run left"""
+    for seed, name in enumerate("ab"):
+        fit(config(data, tmp_path / name, steps=2, seed=seed, keep_best=True))
+    best = tmp_path / "b/best.pt"
+    before = best.read_bytes()
+    (tmp_path / "b/ckpt.pt").unlink()
+    more = ("--steps=4", f"--out={tmp_path / 'b'}", "--keep_best")
+    with pytest.raises(common.UserError, match="best.pt is another checkpoint.*--out"):
+        call(monkeypatch, "--resume", tmp_path / "a/ckpt.pt", *more)
+    assert best.read_bytes() == before and not (tmp_path / "b/ckpt.pt").exists()
+    call(monkeypatch, "--resume", best, "--steps=3")     # its own run goes on beside it
+    call(monkeypatch, "--resume", tmp_path / "b", "--steps=4")
+    assert common.load_checkpoint(tmp_path / "b/ckpt.pt")[1]["step"] == 4
+
+
 def test_a_new_run_keeps_the_old_one(data, tmp_path, capsys):
     names = ("ckpt", "best")
     kept = []
