@@ -113,12 +113,12 @@ def begin(path, given, heads):
     m = model.config.n_mtp
     n = heads or 2 * m or 4
     base = train.stored_config(meta)
-    torch.manual_seed(given.get("seed", base.seed))
+    torch.manual_seed(hash(given.get("seed", base.seed)))     # takes any: check has its range
     # float16 (of pretrained.py) is enough to store, not to train
     model.to(torch.promote_types(model.weight.dtype, torch.float32))
     model = loop_heads(model, n)
-    earlier = meta.get("extension", {})
-    plan = dict(from_heads=m, first_steps=earlier.get("first_steps", base.steps))
+    plan = dict(from_heads=m,
+                first_steps=meta.get("extension", {}).get("first_steps", base.steps))
     # beside the checkpoint's folder: X/ckpt.pt -> X-8, X/best.pt -> X-best-8
     folder = path.resolve().parent
     name = folder.name if path.stem == "ckpt" else f"{folder.name}-{path.stem}"

@@ -436,6 +436,7 @@ def test_bad_requests(base, tmp_path, monkeypatch):
         (["--resume", done], "no optimizer, or"),
         ([base, "--beta", "x"], "--beta is 'x'"), ([base, "--lr", "nan"], "--lr is nan"),
         ([base, "--seed", -1], "--seed"), ([base, "--batch_size", 0], "--batch_size is 0"),
+        ([base, "--seed", 10**23], "--seed is 1000.*in \\[0, 1e"),
         ([base, "--heads", -1], "heads is -1"), ([base, "--steps", -2], "--steps is -2"),
         ([base, "--data", other], "another tokenizer"),
     ]:
