@@ -43,15 +43,16 @@ from model import GPT, GPTConfig
 # -----------------------------------------------------------------------------
 # every flag, with its default and meaning; presets change some of the defaults, flags change any
 
-# what differs from the defaults below, which have the shape of nanoGPT's shakespeare_char
+# what differs from the defaults below, which have the shape of nanoGPT's shakespeare_char. The
+# tokenizer of each is its data's standard one: bpe:1024, bpe:4096, bytes, gpt2
 PRESETS = {
     "tiny": dict(
-        tokenizer="bpe:1024", n_layer=20, n_head=5, n_embd=80, embed_std=0.05, block_size=128,
-        batch_size=8, steps=700, lr=3e-3, warmup=40, eval_every=350, eval_windows=128,
+        n_layer=20, n_head=5, n_embd=80, embed_std=0.05, block_size=128, batch_size=8, steps=700,
+        lr=3e-3, warmup=40, eval_every=350, eval_windows=128,
     ),
     "small": dict(
-        data="python", tokenizer="bpe:4096", n_layer=32, n_head=4, n_embd=256, dropout=0.1,
-        steps=1000, lr=2e-3, eval_every=500,
+        data="python", n_layer=32, n_head=4, n_embd=256, dropout=0.1, steps=1000, lr=2e-3,
+        eval_every=500,
     ),
     "shakespeare": dict(
         data="shakespeare", dropout=0.2, batch_size=64, steps=2000, eval_windows=10000,
@@ -134,8 +135,6 @@ def make_config(given):
     preset = given.get("preset") or ("small" if cuda else "tiny")
     defaults = PRESETS.get(preset, {})
     cfg = TrainConfig(**{"out": f"out/{preset}", **defaults, **given, "preset": preset})
-    if "tokenizer" not in given and cfg.data != defaults.get("data", TrainConfig.data):
-        cfg.tokenizer = ""     # the preset's vocabulary was chosen for the preset's data
     if cfg.tokenizer and (Path(cfg.data) / "meta.json").exists():
         raise UserError(f"--tokenizer {cfg.tokenizer} has no effect: {cfg.data} is already "
                         "tokenized; leave the flag out, or give the text itself as --data")

@@ -268,10 +268,14 @@ def test_the_bundled_stories_are_the_same_everywhere(tmp_path):
 
 def test_stories_are_the_default(tmp_path):
     import train
-    assert train.TrainConfig.data == "stories" and train.PRESETS["tiny"]["tokenizer"] == "bpe:1024"
-    assert "data" not in train.PRESETS["tiny"]
-    small = train.PRESETS["small"]
-    assert (small["data"], small["tokenizer"]) == ("python", "bpe:4096")
+    assert train.TrainConfig.data == "stories" and "data" not in train.PRESETS["tiny"]
+    tokenizers = {}
+    for preset in train.PRESETS:
+        cfg = train.make_config({"preset": preset})
+        assert cfg.tokenizer == ""
+        tokenizers[preset, cfg.data] = P.DEFAULT_TOKENIZER[cfg.data]
+    assert tokenizers == {("tiny", "stories"): "bpe:1024", ("small", "python"): "bpe:4096",
+                          ("shakespeare", "shakespeare"): "bytes", ("gpt2", "fineweb-edu"): "gpt2"}
     (tmp_path / "v.txt").write_text("another validation text", encoding="utf-8")
     folder = P.prepare("stories", "bytes", tmp_path / "out", val=tmp_path / "v.txt", quiet=True)
     _, val, meta = P.load_dataset(folder)
