@@ -635,8 +635,9 @@ def stream(tokenizer):
 
     def watch(decoder):
         nonlocal shown
-        # half a character waits for its other half
-        text = tokenizer.decode(decoder.tokens_from(0, 0)).rstrip("\ufffd")
+        text = tokenizer.decode(decoder.tokens_from(0, 0))
+        if decoder.remaining():                           # half a character waits for the rest
+            text = text.rstrip("\ufffd")
         show(text[len(shown) :], end="", flush=True)
         shown = text
 
@@ -694,9 +695,8 @@ def svg(rounds):
              f'width="760" height="{20 * len(rounds) + 12}" xml:space="preserve">',
              SVG_STYLE]
     for i, row in enumerate(rounds):
-        spans = []
-        for text, head in row:
-            spans.append(f'<tspan class="h{min(head, 8)}">{html.escape(text)}</tspan>')
+        spans = [f'<tspan class="h{min(head, 8)}">{html.escape(text)}</tspan>'
+                 for text, head in row]
         lines.append(f'<text x="8" y="{20 * i + 20}">{" ".join(spans)}</text>')
     return "\n".join([*lines, "</svg>\n"])
 

@@ -53,6 +53,18 @@ def test_text_and_statistics(toys, monkeypatch, capsys, more):
         assert len(emitted) == 20 and len(lines) == result["forwards"] + 1
 
 
+def test_the_text_as_it_comes_ends_as_the_whole_text_does(toys, monkeypatch, capsys):
+    """also where that is half a character: a toy's bytes are random"""
+    ends = []
+    for seed in range(1, 5):
+        flags = ["--prompt", "the", "--tokens", 20, "--no-stop", "--seed", seed, "--json"]
+        out = call(monkeypatch, capsys, toys / "two.pt", *flags)
+        text = json.loads(out.splitlines()[-1])["text"]
+        assert out.startswith(f"the{text}\n")
+        ends.append(text[-1])
+    assert "\ufffd" in ends
+
+
 def test_the_trace_as_a_picture(toys, monkeypatch, capsys, tmp_path):
     flags = ["--prompt", "the", "--tokens", 9, "--svg", tmp_path / "new/trace.svg", "--json"]
     out = call(monkeypatch, capsys, toys / "two.pt", *flags)
