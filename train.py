@@ -698,7 +698,7 @@ def main():
              f"{table(result, meta)}")
         if cfg.block_size > 1:     # else no room is left for a prompt and its continuation
             show(sample(model, val_ids, meta))
-        if cfg.n_mtp:
+        if 0 < 2 * cfg.n_mtp < cfg.block_size:     # else the context has no room for so many heads
             show(NEXT.format(ckpt=f"{cfg.out}/ckpt.pt", heads=2 * cfg.n_mtp))
         if rest["json"]:
             print(json.dumps(result))

@@ -622,6 +622,14 @@ def test_the_closing_sample_of_tiny_models(data, tmp_path, monkeypatch, capsys, 
     assert "tokens per forward" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("n_mtp, proposed", [(0, False), (1, True), (2, True), (3, False)])
+def test_what_is_proposed_at_the_end_is_possible(data, tmp_path, monkeypatch, capsys, n_mtp,
+                                                 proposed):
+    call(monkeypatch, *flags(data, tmp_path, n_mtp=n_mtp, block_size=5, steps=1))
+    said = f"extend.py {tmp_path}/ckpt.pt --heads {2 * n_mtp} " in capsys.readouterr().out
+    assert said == proposed
+
+
 def test_two_processes_equal_one(data, tmp_path):
     out = tmp_path / "two"
     argv = ["train.py", *flags(data, out, micro_batch=2, **DDP)]
