@@ -470,7 +470,7 @@ def train(model, cfg, train_ids, val_ids, meta, state=None):
             keep_old(cfg.out)
         start_log(cfg, model, meta, start)
         state.update(tokenizer=meta["tokenizer"], data_sha256=meta["sha256"],
-                     train_config=dataclasses.asdict(cfg))
+                     data_train_tokens=meta["train_tokens"], train_config=dataclasses.asdict(cfg))
         if start > 0 or cfg.steps == 0:        # its evaluation may be what was interrupted
             result = evaluate_and_save(model, cfg, val_ids, dtype, state)
 
@@ -626,11 +626,12 @@ def check_data(path, cfg, meta, state, same_text=True):
     if meta["tokenizer"] != state["tokenizer"]:
         raise UserError(f"{cfg.data} was made with another tokenizer than {path}: give --data with "
                         "the dataset it was trained on")
-    before = state.get("data_sha256", meta["sha256"])
-    if same_text and before != meta["sha256"]:
-        raise UserError(f"{cfg.data} is another text (sha256 {meta['sha256'][:12]}) than {path} "
-                        f"was trained on ({before!s:.12}): give --data with that one, or train "
-                        "anew without --resume")
+    for name in ("sha256", "train_tokens"):    # one text may be split in several ways
+        before = state.get(f"data_{name}", meta[name])
+        if same_text and before != meta[name]:
+            raise UserError(f"{cfg.data} is another text, or split otherwise ({name} "
+                            f"{meta[name]!s:.12}), than {path} was trained on ({before!s:.12}): "
+                            "give --data with that one, or train anew without --resume")
 
 
 def join_processes(cfg):

@@ -275,7 +275,7 @@ MUTATIONS = [
      '        "schedule_steps": stored.schedule_steps or stored.steps,\n', "",
      ["test_train.py::test_more_steps_keep_what_was_reached"]),
     ("a run is resumed on another text, and its best loss compared across the two", "train.py",
-     'if same_text and before != meta["sha256"]:', "if False:",
+     'if same_text and before != meta[name]:', "if False:",
      ["test_train.py::test_resume_equals_uninterrupted"]),
     ("--dtype float32 has no effect on a float64 checkpoint", "train.py",
      "torch.float64 if dtype == torch.float64 else torch.float32", "torch.float64 if dtype == torch.float64 else None",

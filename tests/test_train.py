@@ -411,6 +411,26 @@ def test_resume_equals_uninterrupted(data, tmp_path, monkeypatch):
     assert (meta["step"], meta["best_loss"]) == (7, 0.5)
 
 
+def test_the_same_text_split_otherwise_is_not_resumed(tmp_path, monkeypatch):
+    """what was trained on would be validated on; a text's sha256 says nothing about its split"""
+    (tmp_path / "my").mkdir()
+    for name in "ab":
+        (tmp_path / f"my/{name}.txt").write_text(TEXT, encoding="utf-8")
+    whole = P.prepare(tmp_path / "my", "bytes", tmp_path / "whole", quiet=True)
+    given = P.prepare(tmp_path / "my/a.txt", "bytes", tmp_path / "given", quiet=True,
+                      val=tmp_path / "my/b.txt")
+    metas = [P.load_dataset(folder)[2] for folder in (whole, given)]
+    assert metas[0]["sha256"] == metas[1]["sha256"]
+    fit(config(whole, tmp_path / "out", steps=2))
+    argv = ("--resume", tmp_path / "out", "--steps=3", f"--data={given}")
+    with pytest.raises(common.UserError, match="split otherwise .train_tokens.*give --data"):
+        call(monkeypatch, *argv)
+    raw = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert raw.pop("data_train_tokens") == metas[0]["train_tokens"]
+    torch.save(raw, tmp_path / "out/ckpt.pt")
+    call(monkeypatch, *argv)                   # an older version's checkpoint can't tell
+
+
 def test_no_steps_write_the_untrained_model(data, tmp_path, monkeypatch):
     call(monkeypatch, *flags(data, tmp_path, steps=0))
     model, meta = common.load_checkpoint(tmp_path / "ckpt.pt")
