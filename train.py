@@ -133,8 +133,8 @@ def make_config(given):
     """defaults < preset < given flags"""
     cuda = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
     preset = given.get("preset") or ("small" if cuda else "tiny")
-    defaults = PRESETS.get(preset, {})
-    cfg = TrainConfig(**{"out": f"out/{preset}", **defaults, **given, "preset": preset})
+    cfg = TrainConfig(**{"out": f"out/{preset}", **PRESETS.get(preset, {}), **given,
+                         "preset": preset})
     if cfg.tokenizer and (Path(cfg.data) / "meta.json").exists():
         raise UserError(f"--tokenizer {cfg.tokenizer} has no effect: {cfg.data} is already "
                         "tokenized; leave the flag out, or give the text itself as --data")
@@ -144,6 +144,8 @@ def make_config(given):
 def check(cfg):
     """-> cfg; raises a UserError where a flag is out of range, or two don't go together"""
     check_flags(cfg)
+    if not cfg.out:
+        raise UserError("--out is empty; name a folder, or leave the flag out")
     head_weights(cfg)
     step = processes()[1] * (cfg.micro_batch or 1)
     if cfg.batch_size % step:
@@ -172,7 +174,7 @@ def head_weights(cfg):
         try:
             values = [float(part) for part in text.split(",")]
             if len(values) == 1:
-                values = values * cfg.n_mtp
+                values *= cfg.n_mtp
             weights.append(distill.per_head(values, cfg.n_mtp, name))
         except ValueError:
             raise UserError(f"--{name} is {text!r}; it must be one number of at least 0, or one "

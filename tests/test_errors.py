@@ -72,6 +72,18 @@ def test_a_users_error_is_one_line(text, tmp_path, monkeypatch, script, argv, me
     assert not (tmp_path / "out/ckpt.pt").exists()
 
 
+@pytest.mark.parametrize("script, before", [
+    (train, ["--data=text", *TOY]), (train, ["--resume=out", "--steps=2"]),
+    (extend, ["out", "--heads=4"])])
+def test_an_out_that_is_empty_is_one_line(text, tmp_path, monkeypatch, script, before):
+    """the current folder is nobody's choice then: a variable of the shell was not set"""
+    run(monkeypatch, train, "--data=text", *TOY)
+    listing = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="--out is empty; name a folder"):
+        run(monkeypatch, script, *before, "--out=")
+    assert sorted(tmp_path.rglob("*")) == listing
+
+
 def test_an_out_that_is_a_file_is_one_line_and_the_file_stays(text, tmp_path, monkeypatch):
     out = tmp_path / "mine"
     out.write_text("mine", encoding="utf-8")
