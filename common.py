@@ -200,19 +200,19 @@ def append_row(folder, **row):
 
 def keep_old(folder):
     """rename what an earlier run left in this folder, so that a new run destroys nothing: one
-    generation is kept. best.pt and the log go with it, or they would pass for the new run's"""
+    generation is kept. best.pt and the log go with it, or they would pass for the new run's. A log
+    alone is kept as log.unsaved.jsonl: its run saved nothing, or the checkpoint was moved"""
     paths = [Path(folder) / name for name in ("ckpt.pt", "best.pt", "log.jsonl")]
     with writing(paths[0]):
-        if not any(path.exists() for path in paths[:2]):
-            paths[2].unlink(missing_ok=True)   # of a run that saved nothing
-            return
+        name = "old" if any(path.exists() for path in paths[:2]) else "unsaved"
         for path in paths:
-            old = path.with_name(f"{path.stem}.old{path.suffix}")
+            old = path.with_name(f"{path.stem}.{name}{path.suffix}")
             old.unlink(missing_ok=True)        # of the generation before
             if path.exists():
                 os.replace(path, old)
-    show(f"{folder} holds an earlier run; it is kept as ckpt.old.pt and log.old.jsonl, and its "
-         "best.pt, if any, as best.old.pt")
+    if name == "old":
+        show(f"{folder} holds an earlier run; it is kept as ckpt.old.pt and log.old.jsonl, and its "
+             "best.pt, if any, as best.old.pt")
 
 
 # -----------------------------------------------------------------------------

@@ -520,7 +520,9 @@ def test_a_new_run_keeps_the_old_one(data, tmp_path, capsys):
     (tmp_path / "ckpt.pt").unlink()
     with pytest.raises(common.UserError, match="no checkpoint.*ckpt.old.pt"):
         common.load_checkpoint(tmp_path / "ckpt.pt")
-    fit(config(data, tmp_path, seed=4))  # after a run that saved nothing
+    fit(config(data, tmp_path, seed=4))  # after a run that saved nothing, as it seems
+    unsaved = (tmp_path / "log.unsaved.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(unsaved[0])["config"]["seed"] == 3 and "earlier" not in capsys.readouterr().out
     assert [row["config"]["seed"] for row in log_rows(tmp_path) if "config" in row] == [4]
     assert common.load_checkpoint(tmp_path / "ckpt.old.pt")[1]["train_config"]["seed"] == 2
 
