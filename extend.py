@@ -113,7 +113,7 @@ def begin(path, given, heads):
     m = model.config.n_mtp
     n = heads or 2 * m or 4
     base = train.stored_config(meta)
-    torch.manual_seed(hash(given.get("seed", base.seed)))     # takes any: check has its range
+    torch.manual_seed(given.get("seed", base.seed) % 2**63)    # check refuses a larger one
     # float16 (of pretrained.py) is enough to store, not to train
     model.to(torch.promote_types(model.weight.dtype, torch.float32))
     model = loop_heads(model, n)
