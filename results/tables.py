@@ -84,10 +84,8 @@ TRAINED = ("effect", "deep", "undetached", "gpt2")
 
 
 def trained(rows):
-    """{(text, K, method): the rows of the models that were trained whole}; those of the part deep
-    whose text is "python" are of an earlier build"""
-    kept = [row for row in rows if row.get("part") != "deep" or row.get("text") == "python deep"]
-    return group(kept, TRAINED, "text", "K", "method")
+    """{(text, K, method): the rows of the models that were trained whole}"""
+    return group(rows, TRAINED, "text", "K", "method")
 
 
 def effect_table(rows):
@@ -114,8 +112,7 @@ def effect_table(rows):
 
 def plain_table(rows):
     """what heads cost the main head: K = 4 beside GPTs without heads, all on the same targets"""
-    # rows of earlier builds say no steps: their losses are over all targets
-    effect = group([row for row in rows if "steps" in row], "effect", "text", "K", "method")
+    effect = group(rows, "effect", "text", "K", "method")
     heads = {(text, method): runs for (text, K, method), runs in effect.items() if K == 4}
     bare = group(rows, "plain", "text", "method")
     facts = {row["name"]: row for row in rows if row.get("part") == "plain"}
@@ -646,11 +643,10 @@ def tradeoff_figure(plt, rows):
     everything = group(rows, "ablation", "text", "variant")
     if not everything:
         return None
-    # prose, where there is some; "prose, an earlier build" too
-    text = max((text for text, _ in everything), key=lambda t: t.startswith("prose")).split(",")[0]
+    text = max((text for text, _ in everything), key=lambda t: t == "prose")
     points = {}
-    for t, variant in sorted(everything):
-        if t.split(",")[0] == text and variant not in points:
+    for t, variant in everything:
+        if t == text:
             ar = paired(everything, (t, variant), (t, "MTP"), first_ar)
             loss = paired(everything, (t, variant), (t, "MTP"), main_loss)
             if ar:

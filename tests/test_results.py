@@ -379,9 +379,8 @@ def test_validation_text_is_compared_from_the_logs_of_training(written):
         return row(f"{K} {method}", "deep", result, text="python deep", K=K, method=method, seed=1)
 
     loop = dict(before=dict(car=[0.0] * 8), after=dict(car=[0.5] * 8))
-    old = model(4, "MTP-D", 0.9, 0.9, 0.9, 0.9)            # of an earlier build, called otherwise
     text, _ = written([
-        model(1, "MTP", 0.6), model(4, "MTP-D", 0.7, 0.5, 0.3, 0.1), dict(old, text="python"),
+        model(1, "MTP", 0.6), model(4, "MTP-D", 0.7, 0.5, 0.3, 0.1),
         model(4, "MTP", 0.5, 0.5, 0.3, 0.1), model(1, "MTP-D", 0.9),
         row("loop", "deep", loop, text="python deep", n=8, method="MTP-D", seed=1)])
     for heads, tokens in (("1", 1.7), ("2", 2.2), ("4", 2.6), ("8", 5.0)):
@@ -1142,7 +1141,7 @@ def test_the_run_without_heads_has_the_same_steps_then_the_same_time(tmp_path, m
     runner = reproduce.Runner("tiny", "work", 1)
     args = SimpleNamespace(scale="tiny", seeds=(7,))
     heads = dict(name="toy K4 MTP-D seed7")
-    for rows in ([], [heads]):                             # none; one of an earlier build
+    for rows in ([], [heads]):                             # none; one without its time
         runner.rows += rows
         reproduce.plain(args, runner, {"toy": ("toy", "--lr 1")})
         assert [c[0] for c in commands] == ["train.py", "results/plain.py"]
@@ -1177,19 +1176,6 @@ def test_what_heads_cost_is_a_difference_within_a_seed(written):
         "2", "600 ±0", "30.0 ±0.0", "4.5100 ±0.5000", "0.0100 ±0.0000", "0.1100 ±0.0000"]
     assert cells(text, "toy", "no heads, same time") == [
         "2", "900 ±0", "20.0 ±0.0", "4.4000 ±0.5000", "-0.1000 ±0.0000", "0.0000 ±0.0000"]
-    assert "| toy | MTP |" not in text
-
-
-def test_a_loss_on_other_targets_is_not_compared(written):
-    """rows that say no steps are of earlier builds, which evaluated the main head on all targets"""
-    loss = row("toy K0 same steps seed1, loss", "plain", dict(loss=[3.0]), text="toy", seed=1,
-               method="no heads, same steps")
-    old = [dict(effect_row(method, 1, 3.3, 0.5), K=4) for method in ("MTP", "MTP-D")]
-    alone = row("toy K4 MTP-D alone seed1", "plain", dict(loss=[3.1]), text="toy", seed=1, K=4,
-                method="MTP-D")
-    text, _ = written([*old, loss, dict(alone, steps=600, ms_per_step=30.0)])
-    text = text[text.index("## What heads cost") :]
-    assert cells(text, "toy", "MTP-D")[:5] == ["1", "600", "30.0", "3.1000", "0.1000"]
     assert "| toy | MTP |" not in text
 
 
