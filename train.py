@@ -196,7 +196,7 @@ def open_data(cfg):
     if min(len(train_ids), len(val_ids)) <= cfg.block_size:
         raise UserError(f"{cfg.data} has {len(train_ids)} training and {len(val_ids)} validation "
                         f"tokens; a window takes {cfg.block_size + 1} (block_size + 1): give more "
-                        "text or a smaller --block_size")
+                        "text, or train.py a smaller --block_size")
     if rank == 0 and world > 1:
         torch.distributed.barrier()
     return train_ids, val_ids, meta
