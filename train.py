@@ -147,7 +147,8 @@ def check(cfg):
     if not cfg.out:
         raise UserError("--out is empty; name a folder, or leave the flag out")
     head_weights(cfg)
-    step = processes()[1] * (cfg.micro_batch or 1)
+    _, world = processes()
+    step = world * (cfg.micro_batch or 1)
     if cfg.batch_size % step:
         raise UserError(f"--batch_size is {cfg.batch_size}; it must be a multiple of {step} "
                         "(--micro_batch, times the number of processes)")
