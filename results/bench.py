@@ -404,9 +404,9 @@ def bench_decoding(models, prompts, cfg, temperature, kinds=()):
     """
     ordinary decoding and several numbers of heads on the same prompts, of all models in turns for
     each prompt, because the speed of a computer changes within minutes
-    -> a list for each model, of rows (dicts), first for all prompts, kind "", then for each kind of
-    them. All but `looping` is without the prompts whose ordinary output is repetitive, unless all
-    are; times begin after the prompt has been read, but for speedup_with_prompt:
+    -> a list for each model, of rows (dicts), first for all prompts, kind "", then for each kind if
+    there are several. All but `looping` is without the prompts whose ordinary output is repetitive,
+    unless all are; times begin after the prompt has been read, but for speedup_with_prompt:
 
     tokens_per_forward   of all prompts together
     tokens_per_s, speedup, speedup_with_prompt   medians over prompts; the latter two of the ratio
@@ -444,7 +444,7 @@ def model_rows(own, count, B, kinds, temperature):
     weights = sum(p.numel() * p.element_size() for p in main)
     by_kind = {"": list(range(count))}
     for kind in dict.fromkeys(kinds):
-        if kind and B == 1:
+        if kind and B == 1 and len(set(kinds)) > 1:       # of one kind, all are those of it
             by_kind[kind] = [i for i in range(count) if kinds[i] == kind]
     rows = []
     for kind, members in by_kind.items():

@@ -509,6 +509,8 @@ def test_a_table_for_each_kind_of_prompts(toy, monkeypatch, capsys):
         for got, want in zip([row for row in rows if row["kind"] == kind], alone, strict=True):
             for name in ("tokens_per_forward", "ar", "ars", "car", "drafted"):
                 assert got[name] == want[name]
+    out, rows = table("one.jsonl", both[:2])                     # all of one kind: said once
+    assert [row["kind"] for row in rows] == ["", ""] and "animals" not in out
 
 
 @pytest.mark.parametrize("argv,message", [
