@@ -444,7 +444,7 @@ def model_rows(own, count, B, kinds, temperature):
     weights = sum(p.numel() * p.element_size() for p in main)
     by_kind = {"": list(range(count))}
     for kind in dict.fromkeys(kinds):
-        if kind and B == 1 and len(set(kinds)) > 1:       # of one kind, all are those of it
+        if kind and B == 1 and len(set(kinds)) > 1:       # rows of the only kind are those above
             by_kind[kind] = [i for i in range(count) if kinds[i] == kind]
     rows = []
     for kind, members in by_kind.items():
